@@ -1,0 +1,286 @@
+// CPU attention over page lists beside the machine's matrix multiplication, in one run on the same threads.
+//
+//   attention_cpu_bench [--threads N] [--repeats N] [--json FILE] [--case SUBSTRING] [--cpu-time]
+//
+// Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes. Inputs are
+// random; every repeat uses another copy of Q and another region of the cache, together larger than L2. sgemm and attention
+// alternate, so that a change of clock or load meets both.
+#include <cblas.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "compact/attention.h"
+#include "src/core/bf16.h"
+
+extern "C" void openblas_set_num_threads(int num_threads);
+extern "C" char* openblas_get_config(void);
+
+namespace {
+
+using compact::AttentionUnit;
+using compact::DType;
+
+struct Shape {
+  std::int32_t num_q_heads = 8;    // Hq
+  std::int32_t num_kv_heads = 2;   // Hkv
+  std::int32_t head_dim = 128;     // D
+  std::int32_t chunk = 1024;       // C
+  std::int32_t context = 8192;     // L
+  std::int32_t page_tokens = 128;  // P
+  DType dtype = DType::kF32;
+  double density = 1;              // share of past pages in the lists
+  bool token_major = false;        // NHD instead of HND
+};
+
+std::string shape_name(const Shape& s) {
+  return fmt::format("D={} Hq={} Hkv={} C={} L={} P={} {} {} density={:.2f}", s.head_dim, s.num_q_heads, s.num_kv_heads,
+                     s.chunk, s.context, s.page_tokens, compact::dtype_name(s.dtype), s.token_major ? "NHD" : "HND",
+                     s.density);
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+// --cpu-time: on a machine with other work, CPU seconds of this process tell more than seconds on the wall.
+bool use_cpu_time = false;
+
+double now_seconds() {
+  timespec time{};
+  clock_gettime(use_cpu_time ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+double seconds(const std::function<void()>& body) {
+  const double start = now_seconds();
+  body();
+  return now_seconds() - start;
+}
+
+std::vector<float> random_floats(std::size_t count, std::uint32_t seed) {
+  std::minstd_rand random(seed);
+  std::uniform_real_distribution<float> uniform(-1.0F, 1.0F);
+  std::vector<float> values(count);
+  for (float& value : values) value = uniform(random);
+  return values;
+}
+
+// Matrix multiplication [m, k] x [k, n], fp32.
+class Sgemm {
+ public:
+  Sgemm(int m, int n, int k)
+      : m_(m), n_(n), k_(k), a_(random_floats(std::size_t(m) * std::size_t(k), 1)),
+        b_(random_floats(std::size_t(k) * std::size_t(n), 2)), c_(std::size_t(m) * std::size_t(n)) {}
+  [[nodiscard]] std::string name() const { return fmt::format("{}x{}x{}", m_, n_, k_); }
+  double gflops_once() {
+    const double elapsed = seconds([&] {
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m_, n_, k_, 1.0F, a_.data(), k_, b_.data(), n_, 0.0F,
+                  c_.data(), n_);
+    });
+    return 2e-9 * m_ * n_ * k_ / elapsed;
+  }
+
+ private:
+  int m_, n_, k_;
+  std::vector<float> a_, b_, c_;  // [m, k], [k, n], [m, n]
+};
+
+// One shape with several copies of its inputs.
+class AttentionCase {
+ public:
+  explicit AttentionCase(const Shape& shape) : shape_(shape) {
+    const std::int64_t kv_bytes = 2LL * shape.context * shape.num_kv_heads * shape.head_dim * dtype_bytes(shape.dtype);
+    copies_ = static_cast<std::int32_t>(std::clamp<std::int64_t>((16LL << 20) / kv_bytes + 1, 2, 16));
+    context_pages_ = (shape.context + shape.page_tokens - 1) / shape.page_tokens;
+    const auto elements = std::size_t(copies_) * std::size_t(context_pages_) * std::size_t(shape.page_tokens) *
+                          std::size_t(shape.num_kv_heads) * std::size_t(shape.head_dim);
+    k_ = cache(random_floats(elements, 3));
+    v_ = cache(random_floats(elements, 4));
+    const auto rows = std::size_t(shape.chunk) * std::size_t(shape.num_q_heads);
+    q_ = random_floats(std::size_t(copies_) * rows * std::size_t(shape.head_dim), 5);
+    o_.resize(q_.size());
+    lse_.resize(rows);
+    make_lists();
+  }
+
+  double gflops_once(compact::ThreadPool& pool) {
+    const std::int32_t copy = next_++ % copies_;
+    const std::size_t q_begin = std::size_t(copy) * q_.size() / std::size_t(copies_);
+    const Shape& s = shape_;
+    compact::AttentionInput input;
+    input.q = compact::contiguous_rows<const float>(q_.data() + q_begin, s.chunk, s.num_q_heads, s.head_dim);
+    input.kv = {.k = k_.data(), .v = v_.data(), .dtype = s.dtype, .num_pages = copies_ * context_pages_,
+                .num_kv_heads = s.num_kv_heads, .page_tokens = s.page_tokens, .head_dim = s.head_dim,
+                .page_stride = std::int64_t{s.page_tokens} * s.num_kv_heads * s.head_dim,
+                .head_stride = s.token_major ? s.head_dim : std::int64_t{s.page_tokens} * s.head_dim,
+                .token_stride = s.token_major ? std::int64_t{s.num_kv_heads} * s.head_dim : s.head_dim};
+    input.units = units_;
+    input.page_ids = page_ids_[std::size_t(copy)];
+    input.heads_per_unit = s.num_q_heads / s.num_kv_heads;
+    input.softmax_scale = 1.0F / std::sqrt(static_cast<float>(s.head_dim));
+    const compact::AttentionOutput output{
+        .o = compact::contiguous_rows(o_.data() + q_begin, s.chunk, s.num_q_heads, s.head_dim), .lse = lse_.data()};
+    const double elapsed = seconds([&] {
+      if (const compact::Status status = attend_cpu(input, output, pool); !status.ok()) {
+        fmt::print(stderr, "{}\n", status.message());
+        std::exit(1);
+      }
+    });
+    return 4e-9 * s.head_dim * static_cast<double>(visible_pairs_) / elapsed;
+  }
+
+ private:
+  std::vector<char> cache(const std::vector<float>& values) const {
+    std::vector<char> bytes(values.size() * std::size_t(dtype_bytes(shape_.dtype)));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (shape_.dtype == DType::kBF16) {
+        reinterpret_cast<compact::Bf16*>(bytes.data())[i] = compact::to_bf16(values[i]);
+      } else {
+        reinterpret_cast<float*>(bytes.data())[i] = values[i];
+      }
+    }
+    return bytes;
+  }
+
+  // One unit a KV head; all share a list of evenly spaced past pages and the chunk's pages, physically shuffled.
+  void make_lists() {
+    const Shape& s = shape_;
+    const std::int32_t start = s.context - s.chunk;
+    const std::int32_t past_pages = start / s.page_tokens;
+    const auto kept = static_cast<std::int32_t>(std::max(1.0, past_pages * s.density + 0.5));
+    std::vector<std::int32_t> logical;
+    for (std::int32_t i = 0; i < std::min(kept, past_pages); ++i) logical.push_back(std::int32_t(std::int64_t{i} * past_pages / kept));
+    const std::int32_t past_tokens = std::int32_t(logical.size()) * s.page_tokens + start % s.page_tokens;
+    for (std::int32_t j = past_pages; j < context_pages_; ++j) logical.push_back(j);
+
+    std::vector<std::int32_t> physical(std::size_t(copies_ * context_pages_));
+    for (std::size_t i = 0; i < physical.size(); ++i) physical[i] = std::int32_t(i);
+    std::shuffle(physical.begin(), physical.end(), std::minstd_rand(6));
+    page_ids_.resize(std::size_t(copies_));
+    for (std::int32_t copy = 0; copy < copies_; ++copy) {
+      for (const std::int32_t j : logical) page_ids_[std::size_t(copy)].push_back(physical[std::size_t(copy * context_pages_ + j)]);
+    }
+    const std::int32_t group = s.num_q_heads / s.num_kv_heads;
+    for (std::int32_t g = 0; g < s.num_kv_heads; ++g) {
+      units_.push_back({.q_len = s.chunk, .q_head = g * group, .kv_head = g, .list_tokens = past_tokens + s.chunk,
+                        .past_tokens = past_tokens});
+    }
+    visible_pairs_ = std::int64_t{s.num_q_heads} *
+                     (std::int64_t{past_tokens} * s.chunk + std::int64_t{s.chunk} * (s.chunk + 1) / 2);
+  }
+
+  Shape shape_;
+  std::int32_t copies_ = 0;
+  std::int32_t context_pages_ = 0;
+  std::int32_t next_ = 0;
+  std::vector<char> k_, v_;      // [copies * context_pages, Hkv, P, D] or [.., P, Hkv, D]
+  std::vector<float> q_, o_;     // [copies, C, Hq, D]
+  std::vector<float> lse_;       // [C, Hq]
+  std::vector<AttentionUnit> units_;
+  std::vector<std::vector<std::int32_t>> page_ids_;  // [copies][list pages]
+  std::int64_t visible_pairs_ = 0;
+};
+
+std::vector<Shape> shapes() {
+  std::vector<Shape> all;
+  for (const std::int32_t head_dim : {64, 128}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      for (const std::int32_t context : {1024, 8192, 32768}) {
+        all.push_back({.head_dim = head_dim, .context = context, .dtype = dtype});
+      }
+    }
+    for (const double density : {0.25, 0.10}) all.push_back({.head_dim = head_dim, .context = 32768, .density = density});
+    all.push_back({.head_dim = head_dim, .context = 8192, .page_tokens = 16});
+    all.push_back({.num_q_heads = 32, .num_kv_heads = 8, .head_dim = head_dim, .context = 4096, .token_major = true});
+    all.push_back({.head_dim = head_dim, .chunk = 1, .context = 32768});
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::int32_t threads = 0;
+  std::int32_t repeats = 7;
+  std::string json_path;
+  std::string filter;
+  CLI::App app{"CPU attention beside sgemm"};
+  app.add_option("--threads", threads, "threads of both; 0: every core");
+  app.add_option("--repeats", repeats, "timed runs of each shape, at least 5")->check(CLI::Range(5, 1000));
+  app.add_option("--json", json_path, "write the figures to this file");
+  app.add_option("--case", filter, "only shapes whose name contains this");
+  app.add_flag("--cpu-time", use_cpu_time, "rates per CPU second, for one thread on a busy machine");
+  CLI11_PARSE(app, argc, argv);
+  if (use_cpu_time && threads != 1) {
+    fmt::print(stderr, "attention_cpu_bench: --cpu-time needs --threads 1\n");
+    return 2;
+  }
+
+  compact::ThreadPool pool(threads);
+  openblas_set_num_threads(pool.num_threads());
+  fmt::print("{} time   threads {}   kernel {}   {}\n", use_cpu_time ? "cpu" : "wall", pool.num_threads(),
+             compact::cpu_attention_target(), openblas_get_config());
+
+  std::vector<Sgemm> gemms;
+  gemms.emplace_back(1024, 1024, 1024);
+  gemms.emplace_back(2048, 2048, 2048);
+  gemms.emplace_back(1024, 4096, 1024);
+  std::vector<std::vector<double>> gemm_rates(gemms.size());
+  const auto run_gemms = [&] {
+    for (std::size_t i = 0; i < gemms.size(); ++i) gemm_rates[i].push_back(gemms[i].gflops_once());
+  };
+  for (Sgemm& gemm : gemms) gemm.gflops_once();
+
+  nlohmann::json cases = nlohmann::json::array();
+  for (const Shape& shape : shapes()) {
+    if (shape_name(shape).find(filter) == std::string::npos) continue;
+    AttentionCase attention(shape);
+    attention.gflops_once(pool);
+    std::vector<double> rates;
+    for (std::int32_t i = 0; i < repeats; ++i) {
+      if (i % 4 == 0) run_gemms();
+      rates.push_back(attention.gflops_once(pool));
+    }
+    cases.push_back({{"name", shape_name(shape)}, {"gflops", median(rates)},
+                     {"gflops_best", *std::max_element(rates.begin(), rates.end())}});
+  }
+
+  double sgemm = 0;
+  nlohmann::json yardstick = nlohmann::json::array();
+  for (std::size_t i = 0; i < gemms.size(); ++i) {
+    const double rate = median(gemm_rates[i]);
+    sgemm = std::max(sgemm, rate);
+    fmt::print("sgemm {:<58} {:8.1f} GFLOP/s   best {:.1f}\n", gemms[i].name(), rate,
+               *std::max_element(gemm_rates[i].begin(), gemm_rates[i].end()));
+    yardstick.push_back({{"name", gemms[i].name()}, {"gflops", rate}});
+  }
+  for (nlohmann::json& one : cases) {
+    one["share_of_sgemm"] = one["gflops"].get<double>() / sgemm;
+    fmt::print("{:<64} {:8.1f} GFLOP/s   best {:6.1f}   {:5.1f} % of sgemm\n", one["name"].get<std::string>(),
+               one["gflops"].get<double>(), one["gflops_best"].get<double>(), 100 * one["share_of_sgemm"].get<double>());
+  }
+  if (!json_path.empty()) {
+    std::ofstream file(json_path);
+    file << nlohmann::json{{"clock", use_cpu_time ? "cpu" : "wall"}, {"threads", pool.num_threads()}, {"target", compact::cpu_attention_target()},
+                           {"openblas", openblas_get_config()}, {"repeats", repeats}, {"sgemm", yardstick},
+                           {"sgemm_gflops", sgemm}, {"attention", cases}}.dump(2) << "\n";
+    if (!file) {
+      fmt::print(stderr, "attention_cpu_bench: cannot write {}\n", json_path);
+      return 1;
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,17 @@
+/// The subcommands of `compact`. Each adds itself to the command line; main runs the one that was named.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+
+#include "compact/status.h"
+
+namespace compact::engine {
+
+using CommandBody = std::function<Status()>;
+
+CommandBody add_run_command(CLI::App& app);
+CommandBody add_demo_command(CLI::App& app);
+CommandBody add_doctor_command(CLI::App& app);
+
+}  // namespace compact::engine

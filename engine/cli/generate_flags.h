@@ -1,0 +1,34 @@
+/// Command-line flags that `run` and `demo` share, and the options they stand for.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <string>
+
+#include "compact/status.h"
+#include "engine/scheduler/generate.h"
+
+namespace compact::engine {
+
+struct GenerateFlags {
+  std::string selector = "mean-key";
+  std::string preset = "mean-key";
+  std::string mode = "paper";
+  std::string backend = "cpu";
+  std::string kv_dtype = "f32";
+  std::string chat = "auto";
+  float share = -1;      // < 0: the preset's
+  float alpha = -1;      // < 0: the preset's
+  std::int32_t threads = 0;
+  GenerateOptions options;
+
+  /// Adds every flag but --selector to a subcommand.
+  void add_to(CLI::App& command);
+  void add_selector_to(CLI::App& command);
+
+  /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what is
+  /// allowed; kUnsupported for a mode or backend that this version lacks.
+  [[nodiscard]] Result<GenerateOptions> resolve() const;
+};
+
+}  // namespace compact::engine

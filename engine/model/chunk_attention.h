@@ -1,0 +1,76 @@
+/// One layer's attention for one chunk: append -> select -> unite -> attend, timed and counted.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "compact/attention.h"
+#include "compact/block_union.h"
+#include "compact/paged_kv.h"
+#include "compact/selector.h"
+#include "compact/status.h"
+#include "compact/thread_pool.h"
+
+namespace compact::engine {
+
+struct SparsityOptions {
+  SelectorOptions selector;
+  ForcedPages forced;
+  CrossoverPolicy crossover;
+  std::int32_t heads_per_unit = 0;   // 0: the library's default for the model's G
+  bool trace_pages = false;          // keep which pages every KV head read, for pictures
+};
+
+/// What a layer did over the chunks of a prefill.
+struct LayerReport {
+  double append_seconds = 0;
+  double select_seconds = 0;
+  double unite_seconds = 0;
+  double attend_seconds = 0;
+  UnionStats stats;
+  std::array<std::int64_t, kNumDenseReasons> chunks_by_reason{};   // [DenseReason]
+  std::int64_t nonfinite_rows = 0;
+  /// [chunk][KV head] logical pages read, ascending; filled with trace_pages only.
+  std::vector<std::vector<std::vector<std::int32_t>>> traced_pages;
+
+  /// Selection, union and attention: what a sparse method adds and what it saves.
+  [[nodiscard]] double attention_seconds() const noexcept { return select_seconds + unite_seconds + attend_seconds; }
+};
+
+class ChunkAttention {
+ public:
+  /// Errors: those of make_selector; kInvalidArgument if heads_per_unit does not divide G.
+  [[nodiscard]] static Result<ChunkAttention> create(const SparsityOptions& options, std::int32_t num_layers,
+                                                     std::int32_t num_q_heads, std::int32_t num_kv_heads,
+                                                     float softmax_scale);
+
+  /// Whether the cache must carry page means.
+  [[nodiscard]] bool needs_page_means() const noexcept { return selector_->needs_page_means(); }
+
+  /// q: [C, Hq, D] and k, v: [C, Hkv, D], rotated. Appends k and v at `chunk.chunk_start` and writes o: [C, Hq, D].
+  /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps).
+  [[nodiscard]] Status run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
+                           ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool);
+
+  [[nodiscard]] const std::vector<LayerReport>& reports() const noexcept { return reports_; }
+  /// Forgets what was counted, e.g. when prefill ends and decode begins.
+  [[nodiscard]] std::vector<LayerReport> take_reports();
+
+ private:
+  ChunkAttention() = default;
+  void trace(const UnionInput& input, LayerReport& report) const;
+
+  SparsityOptions options_;
+  std::unique_ptr<Selector> selector_;
+  std::int32_t num_q_heads_ = 0;
+  std::int32_t num_kv_heads_ = 0;
+  float softmax_scale_ = 0;
+  std::vector<LayerReport> reports_;   // [num_layers]
+  BlockMask mask_;                     // reused from layer to layer
+  PageLists lists_;
+};
+
+}  // namespace compact::engine

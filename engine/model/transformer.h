@@ -1,0 +1,62 @@
+/// The forward pass of Llama-3.x and Qwen3 (dense) in chunks over a paged KV cache.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <vector>
+
+#include "compact/paged_kv.h"
+#include "compact/status.h"
+#include "compact/thread_pool.h"
+#include "engine/loader/checkpoint.h"
+#include "engine/loader/model_config.h"
+#include "engine/model/chunk_attention.h"
+#include "engine/model/linear.h"
+
+namespace compact::engine {
+
+enum class LogitsOf : std::int32_t { kNone, kLastToken, kAllTokens };
+
+class Transformer {
+ public:
+  /// Reads config.json and maps the weights of a Hugging Face model directory.
+  /// Errors: those of load_model_config and Checkpoint: each names the file, tensor or key, the value seen, what is allowed.
+  [[nodiscard]] static Result<Transformer> load(const std::filesystem::path& directory);
+
+  [[nodiscard]] const ModelConfig& config() const noexcept { return config_; }
+  [[nodiscard]] std::int64_t weight_bytes() const noexcept { return checkpoint_.weight_bytes(); }
+  [[nodiscard]] float softmax_scale() const noexcept;
+
+  /// Runs the next chunk of a request through every layer. `tokens` continue the request: the cache is extended by
+  /// them, and the chunk starts at its former length. `dense` reads every page (decode steps).
+  /// logits: [1 or C, vocab_size] as asked for; empty for kNone.
+  /// Errors: kInvalidArgument (a token outside the vocabulary, a position the model was not made for); those of the
+  /// cache (kOutOfMemory says how many pages are needed) and of ChunkAttention.
+  [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
+                               PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
+                               std::vector<float>& logits) const;
+
+ private:
+  struct Block {
+    std::vector<float> attention_norm;   // [hidden]
+    Linear q_proj, k_proj, v_proj;       // [Hq D, hidden], [Hkv D, hidden], [Hkv D, hidden]
+    std::vector<float> q_norm, k_norm;   // [D]; empty without qk_norm
+    Linear o_proj;                       // [hidden, Hq D]
+    std::vector<float> mlp_norm;         // [hidden]
+    Linear gate_proj, up_proj, down_proj;
+  };
+
+  explicit Transformer(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
+  [[nodiscard]] Status load_weights();
+
+  ModelConfig config_;
+  Checkpoint checkpoint_;
+  Linear embedding_;                      // [vocab, hidden]
+  std::vector<Block> blocks_;             // [num_hidden_layers]
+  std::vector<float> final_norm_;         // [hidden]
+  Linear lm_head_;                        // [vocab, hidden]; the embedding when tied
+  std::vector<float> inverse_frequencies_;   // [D/2]
+};
+
+}  // namespace compact::engine

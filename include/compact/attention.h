@@ -1,0 +1,69 @@
+/// Attention over page lists, and the decision when to read every page instead.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "compact/block_union.h"
+#include "compact/status.h"
+#include "compact/tensor_view.h"
+#include "compact/thread_pool.h"
+
+namespace compact {
+
+struct AttentionInput {
+  ConstRows q;                               // [T, Hq, D]  post-RoPE, D a multiple of 8 up to 256
+  PagedKvView kv;                            // one layer
+  std::span<const AttentionUnit> units;      // [U]
+  std::span<const std::int32_t> page_ids;    // [num_list_pages]
+  std::int32_t heads_per_unit = 1;
+  float softmax_scale = 0;                   // s
+};
+
+struct AttentionOutput {
+  MutableRows o;          // [T, Hq, D]; rows of no unit are left alone
+  float* lse = nullptr;   // [T, Hq] or null; natural log of the sum of exp(s q.k); -inf for a row that sees nothing (o = 0)
+};
+
+/// Readable reference: one loop per row, fp64 accumulation. Slow; the oracle for every other backend.
+/// Errors: kInvalidArgument with the unit and the value seen.
+[[nodiscard]] Status attend_reference(const AttentionInput& input, const AttentionOutput& output);
+
+/// CPU kernel: SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...), blocked, online softmax, GQA rows packed. Pages are
+/// read in place. Deterministic for any number of threads. Same contract and errors as the reference.
+[[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool);
+
+/// Name of the instruction set that attend_cpu uses on this machine, e.g. "AVX3". Static storage.
+[[nodiscard]] const char* cpu_attention_target() noexcept;
+
+/// Why a chunk ran dense. Printed and counted; dense is never silent (method.md section 7).
+enum class DenseReason : std::int32_t {
+  kNone = 0,          ///< the lists of the selector were used
+  kSelector = 1,      ///< the selector is `dense`
+  kFirstChunk = 2,    ///< no past page: nothing to select; not a fallback
+  kShortContext = 3,  ///< L below CrossoverPolicy::min_context_tokens; no selection was run
+  kHighDensity = 4,   ///< by the cost model the lists would not have been faster
+};
+inline constexpr std::int32_t kNumDenseReasons = 5;
+[[nodiscard]] const char* dense_reason_name(DenseReason reason) noexcept;
+
+struct CrossoverPolicy {
+  std::int32_t min_context_tokens = 2048;
+  /// Lists are used only if their modelled cost times (1 + this) stays below dense: 154/1024 = 0.15.
+  std::int32_t margin_1024ths = 154;
+};
+
+/// Decision before selection, per chunk: kFirstChunk, kShortContext or kNone.
+[[nodiscard]] DenseReason crossover_before_selection(const CrossoverPolicy& policy, const ChunkView& chunk,
+                                                     std::int32_t page_tokens) noexcept;
+
+/// Modelled cost of a unit in 1/1024 of a 128 x 128 tile step (method.md 5.3).
+[[nodiscard]] std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
+                                     std::int32_t page_tokens) noexcept;
+
+/// Decision after the union, per chunk: rewrites the lists of chunks whose cost is not below dense to all pages and reports
+/// kHighDensity for them. reasons: [B], entries other than kNone are left alone.
+[[nodiscard]] Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& input, PageLists& lists,
+                                           std::span<DenseReason> reasons);
+
+}  // namespace compact

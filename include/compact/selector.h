@@ -1,0 +1,105 @@
+/// Selectors: which past pages does this (head, query block) want?
+///
+/// A selector writes decisions for past pages only. Forced pages (sinks, window, the chunk itself), the union and the
+/// dense crossover are common code (block_union.h, attention.h). Everything is aligned to absolute token positions:
+/// a chunk may start and end anywhere. Source: method.md sections 3 and 4.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "compact/status.h"
+#include "compact/tensor_view.h"
+#include "compact/thread_pool.h"
+
+namespace compact {
+
+/// Query tokens of one request that share a row of the mask: floor(position / block_tokens) is equal. The first and
+/// the last block of a chunk may be short.
+struct QueryBlock {
+  std::int32_t chunk = 0;            // index into the step's chunks
+  std::int32_t q_begin = 0;          // first row in Q
+  std::int32_t tokens = 0;           // 1..block_tokens
+  std::int32_t first_position = 0;   // absolute position of the first query
+};
+
+/// Blocks of all chunks in order. block_tokens is a power of two.
+[[nodiscard]] std::vector<QueryBlock> make_query_blocks(std::span<const ChunkView> chunks, std::int32_t block_tokens);
+
+/// Bit j (LSB first) of row (mask head, query block) = past page j is wanted. Bits >= Np are 0.
+struct BlockMask {
+  std::int32_t mask_heads = 0;           // Hq, or Hkv when all query heads of a KV head share their rows
+  std::int32_t words_per_row = 0;        // ceil(max over chunks of Np / 64)
+  std::vector<QueryBlock> blocks;        // [num_blocks]
+  std::vector<std::uint64_t> words;      // [mask_heads, num_blocks, words_per_row]
+  std::int64_t nonfinite_rows = 0;       // rows with NaN or +inf scores; they keep all their pages
+
+  [[nodiscard]] std::uint64_t* row(std::int32_t head, std::int32_t block) noexcept {
+    return words.data() + (std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block) * words_per_row;
+  }
+  [[nodiscard]] const std::uint64_t* row(std::int32_t head, std::int32_t block) const noexcept {
+    return words.data() + (std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block) * words_per_row;
+  }
+  /// All rows zero, shaped for `chunks`.
+  void reset(std::int32_t num_mask_heads, std::int32_t page_tokens, std::span<const ChunkView> chunks,
+             std::vector<QueryBlock> query_blocks);
+};
+
+struct SelectInput {
+  std::span<const ChunkView> chunks;   // [B]
+  ConstRows q;                         // [T, Hq, D]  post-RoPE
+  PageSummaryView summaries;           // of this layer
+  std::int32_t page_tokens = 0;        // P
+  float softmax_scale = 0;             // s
+};
+
+class Selector {
+ public:
+  virtual ~Selector() = default;
+  [[nodiscard]] virtual std::string_view name() const noexcept = 0;
+  [[nodiscard]] virtual bool needs_page_means() const noexcept = 0;
+  /// Fills `mask` (reset included). Same input, same bits, for any number of threads.
+  /// Errors: kInvalidArgument for inconsistent shapes, a missing summary, or one whose token count is not P on a
+  /// past page (stale): a page is never left out silently.
+  [[nodiscard]] virtual Status select(const SelectInput& input, BlockMask& mask, ThreadPool& pool) const = 0;
+};
+
+/// Which rows of a query block may score a page: those that see it from its last token on (kLast, FlashPrefill v1), or
+/// from its first (kFirst, v2).
+enum class PageVisibility : std::int32_t { kLast = 0, kFirst = 1 };
+/// kRow: a softmax over the visible pages per row, then the mean over rows. kTile: one maximum for the whole tile.
+enum class ScoreNorm : std::int32_t { kRow = 0, kTile = 1 };
+/// kPacked: 128/G tokens x the G heads of a KV head, one mask row per KV head. kPerHead: 128 tokens x one query head.
+enum class TileShape : std::int32_t { kPacked = 0, kPerHead = 1 };
+
+/// The mean-key selector (method.md 3.5). Page energy E[j] is a page's share of the softmax over mean keys.
+struct MeanKeyOptions {
+  TileShape tile = TileShape::kPacked;
+  PageVisibility visible = PageVisibility::kLast;
+  ScoreNorm norm = ScoreNorm::kRow;
+  /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. 0 keeps every page.
+  float share = 0.02F;
+  /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule. Used when >= 0; 0 keeps all.
+  float alpha = -1.0F;
+};
+
+struct SelectorOptions {
+  std::string name = "mean-key";   // dense | static | mean-key
+  MeanKeyOptions mean_key;
+};
+
+/// Known names, for messages and help: "dense, static, mean-key".
+[[nodiscard]] std::string selector_names();
+
+/// Errors: kInvalidArgument for an unknown name (lists the known) or an option out of range.
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_selector(const SelectorOptions& options);
+
+/// A published preset by name: "mean-key" (ours), "compact", "flashprefill-v1", "flashprefill-v2" (rules as published, without
+/// their dense tails). Errors: kInvalidArgument for an unknown name.
+[[nodiscard]] Result<MeanKeyOptions> mean_key_preset(std::string_view name);
+
+}  // namespace compact

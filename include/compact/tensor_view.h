@@ -1,0 +1,90 @@
+/// Views of memory that somebody else owns. Strides are in elements, 64 bit: page offsets pass 2^31.
+#pragma once
+
+#include <cstdint>
+
+namespace compact {
+
+enum class DType : std::int32_t {
+  kF32 = 0,
+  kBF16 = 1,  ///< IEEE binary32 with the low 16 bits dropped, round to nearest even
+};
+
+[[nodiscard]] constexpr std::int64_t dtype_bytes(DType dtype) noexcept { return dtype == DType::kF32 ? 4 : 2; }
+[[nodiscard]] constexpr const char* dtype_name(DType dtype) noexcept { return dtype == DType::kF32 ? "f32" : "bf16"; }
+
+/// Query or output rows of a ragged batch: [T, heads, D] fp32, D contiguous.
+template <class T>
+struct RowsView {
+  T* data = nullptr;
+  std::int32_t tokens = 0;           // T
+  std::int32_t heads = 0;            // Hq, or Hkv for K and V rows
+  std::int32_t head_dim = 0;         // D
+  std::int64_t token_stride = 0;     // elements between tokens
+  std::int64_t head_stride = 0;      // elements between heads
+
+  [[nodiscard]] T* row(std::int32_t token, std::int32_t head) const noexcept {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+using ConstRows = RowsView<const float>;
+using MutableRows = RowsView<float>;
+
+/// Rows stored token by token without gaps: [tokens, heads, head_dim].
+template <class T>
+[[nodiscard]] constexpr RowsView<T> contiguous_rows(T* data, std::int32_t tokens, std::int32_t heads,
+                                                    std::int32_t head_dim) noexcept {
+  return {data, tokens, heads, head_dim, std::int64_t{heads} * head_dim, head_dim};
+}
+
+/// K and V of one layer in pages. Any layout with D contiguous is expressed by the strides:
+/// HND [num_pages, Hkv, P, D] or NHD [num_pages, P, Hkv, D].
+struct PagedKvView {
+  const void* k = nullptr;
+  const void* v = nullptr;
+  DType dtype = DType::kF32;
+  std::int32_t num_pages = 0;        // physical pages in the cache
+  std::int32_t num_kv_heads = 0;     // Hkv
+  std::int32_t page_tokens = 0;      // P
+  std::int32_t head_dim = 0;         // D
+  std::int64_t page_stride = 0;      // elements; K and V alike
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+
+  /// Element offset of (physical page, token in page, KV head); the same for K and V.
+  [[nodiscard]] std::int64_t offset(std::int32_t page, std::int32_t token, std::int32_t kv_head) const noexcept {
+    return page * page_stride + token * token_stride + kv_head * head_stride;
+  }
+};
+
+/// Mean keys of one layer, one record per (physical page, KV head): method.md section 2.
+struct PageSummaryView {
+  const float* mean_k = nullptr;          // [num_pages, Hkv, D]  mean of K as stored in the cache, after RoPE
+  const std::int32_t* count = nullptr;    // [num_pages]          tokens that the mean covers
+  std::int32_t num_pages = 0;
+  std::int32_t num_kv_heads = 0;
+  std::int32_t head_dim = 0;
+
+  [[nodiscard]] const float* mean(std::int32_t page, std::int32_t kv_head) const noexcept {
+    return mean_k + (std::int64_t{page} * num_kv_heads + kv_head) * head_dim;
+  }
+};
+
+/// One request's part of a step: a chunk of C query tokens that attends to L = S + C context tokens.
+struct ChunkView {
+  std::int32_t q_begin = 0;                   // first row of the chunk in Q and O
+  std::int32_t chunk_tokens = 0;              // C; 0 is allowed and does nothing
+  std::int32_t chunk_start = 0;               // S, absolute position of the first query
+  const std::int32_t* page_table = nullptr;   // [ceil(L / P)] physical page of each logical page
+
+  [[nodiscard]] std::int32_t context_tokens() const noexcept { return chunk_start + chunk_tokens; }          // L
+  [[nodiscard]] std::int32_t num_past_pages(std::int32_t page_tokens) const noexcept {                       // Np
+    return chunk_start / page_tokens;
+  }
+  [[nodiscard]] std::int32_t num_pages(std::int32_t page_tokens) const noexcept {                            // Kb
+    return (context_tokens() + page_tokens - 1) / page_tokens;
+  }
+};
+
+}  // namespace compact

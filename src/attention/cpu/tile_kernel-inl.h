@@ -1,0 +1,221 @@
+// The arithmetic of one tile of rows against one block of keys, for the instruction set being compiled.
+// Included once per instruction set by attention.cc (Highway foreach_target); no other includes inside the namespace.
+//
+// Rows lie in lanes: S^T[key][row], O^T[d][row]. Every step is then a broadcast of one element of K or V times vectors of
+// rows; maximum, exponential and sum are vertical. K and V are read where they lie, one pointer per key.
+#if defined(COMPACT_TILE_KERNEL_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef COMPACT_TILE_KERNEL_INL_H_
+#undef COMPACT_TILE_KERNEL_INL_H_
+#else
+#define COMPACT_TILE_KERNEL_INL_H_
+#endif
+
+#include <cstdint>
+#include <limits>
+
+#include "hwy/highway.h"
+#include "src/attention/cpu/item.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace compact::cpu {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::ScalableTag<float>;
+using VF = hn::Vec<DF>;
+
+// Register block: kVectors vectors of rows x kBroadcasts keys (or values of d). 32 registers hold 3 x 8 accumulators, 3 row
+// vectors and a broadcast; 16 hold 2 x 4 + 2 + 1 (2 x 6 would not divide D). Both give the two FMA ports enough chains.
+#if HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON || HWY_TARGET == HWY_PPC8
+constexpr int kVectors = 3;
+constexpr int kBroadcasts = 8;
+#else
+constexpr int kVectors = 2;
+constexpr int kBroadcasts = 4;
+#endif
+
+// 2^x for x <= 0: relative error below 1.5e-7, exactly 1 at 0, exactly 0 below -126 and at -inf, NaN at NaN.
+// 2^x = 2^n (1 + c1 f + .. + c6 f^6), n = round(x), |f| <= 1/2; coefficients minimise the relative error with p(0) = 1.
+HWY_INLINE VF exp2(DF d, VF x) {
+  const hn::RebindToSigned<DF> di;
+  const VF shift = hn::Set(d, 12582912.0F);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const VF shifted = hn::Add(hn::Max(hn::Set(d, -126.0F), x), shift);
+  const VF f = hn::Sub(x, hn::Sub(shifted, shift));
+  VF p = hn::Set(d, 1.55946782e-4F);
+  p = hn::MulAdd(p, f, hn::Set(d, 1.34066439e-3F));
+  p = hn::MulAdd(p, f, hn::Set(d, 9.61769297e-3F));
+  p = hn::MulAdd(p, f, hn::Set(d, 5.55031055e-2F));
+  p = hn::MulAdd(p, f, hn::Set(d, 2.40226528e-1F));
+  p = hn::MulAdd(p, f, hn::Set(d, 6.93147215e-1F));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0F));
+  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, shifted)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0F)), hn::BitCast(d, scaled));
+}
+
+// scores[key][M] = sum_d k_rows[key][d] * qt[d][M] for kBroadcasts keys; M = kV vectors.
+template <int kV>
+HWY_INLINE void scores_of_keys(DF d, const float* HWY_RESTRICT qt, const float* const* HWY_RESTRICT k_rows,
+                               std::int64_t head_dim, float* HWY_RESTRICT scores) {
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  VF acc[kBroadcasts][kV];
+  const float* row[kBroadcasts];
+#pragma GCC unroll 8
+  for (int j = 0; j < kBroadcasts; ++j) {
+    row[j] = k_rows[j];
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) acc[j][v] = hn::Zero(d);
+  }
+  for (std::int64_t i = 0; i < head_dim; ++i, qt += kV * lanes) {
+    VF q[kV];
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) q[v] = hn::Load(d, qt + v * lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kBroadcasts; ++j) {
+      const VF k = hn::Set(d, row[j][i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) acc[j][v] = hn::MulAdd(k, q[v], acc[j][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kBroadcasts; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) hn::Store(acc[j][v], d, scores + (j * kV + v) * lanes);
+  }
+}
+
+// ot[j][M] = ot[j][M] * rescale[M] + sum_key v_rows[key][d0 + j] * weights[key][M] for kBroadcasts values of j. The sum
+// starts at zero: rounding errors grow with the block and the number of blocks, not with the whole list.
+template <int kV>
+HWY_INLINE void mix_values(DF d, const float* HWY_RESTRICT weights, const float* const* HWY_RESTRICT v_rows,
+                           std::int64_t num_keys, std::int64_t d0, const float* HWY_RESTRICT rescale,
+                           float* HWY_RESTRICT ot) {
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  VF acc[kBroadcasts][kV];
+#pragma GCC unroll 8
+  for (int j = 0; j < kBroadcasts; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) acc[j][v] = hn::Zero(d);
+  }
+  for (std::int64_t key = 0; key < num_keys; ++key, weights += kV * lanes) {
+    const float* HWY_RESTRICT value = v_rows[key] + d0;
+    VF p[kV];
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) p[v] = hn::Load(d, weights + v * lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kBroadcasts; ++j) {
+      const VF x = hn::Set(d, value[j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) acc[j][v] = hn::MulAdd(x, p[v], acc[j][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kV; ++v) {
+    const VF scale = hn::Load(d, rescale + v * lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kBroadcasts; ++j) {
+      float* HWY_RESTRICT out = ot + (j * kV + v) * lanes;
+      hn::Store(hn::MulAdd(hn::Load(d, out), scale, acc[j][v]), d, out);
+    }
+  }
+}
+
+// Scores of keys at list coordinates first_key + key that a row does not see become -inf.
+template <int kV>
+HWY_INLINE void mask_scores(DF d, std::int32_t first_key, std::int32_t num_keys, const std::int32_t* HWY_RESTRICT limit,
+                            float* HWY_RESTRICT scores) {
+  const hn::RebindToSigned<DF> di;
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  const VF hidden = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (std::int32_t key = 0; key < num_keys; ++key) {
+    for (int v = 0; v < kV; ++v) {
+      float* HWY_RESTRICT s = scores + (key * kV + v) * lanes;
+      const auto seen = hn::Lt(hn::Set(di, first_key + key), hn::Load(di, limit + v * lanes));
+      hn::Store(hn::IfThenElse(hn::RebindMask(d, seen), hn::Load(d, s), hidden), d, s);
+    }
+  }
+}
+
+// Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be multiplied
+// with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN.
+template <int kV>
+HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max,
+                              float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  for (int v = 0; v < kV; ++v) {
+    float* HWY_RESTRICT s = scores + v * lanes;
+    const VF old_max = hn::Load(d, row_max + v * lanes);
+    VF max0 = old_max;
+    VF max1 = old_max;
+    VF max2 = old_max;
+    VF max3 = old_max;
+    std::int32_t key = 0;
+    for (; key + 4 <= num_keys; key += 4) {  // four chains: a maximum has four cycles of latency
+      max0 = hn::Max(max0, hn::Load(d, s + (key + 0) * kV * lanes));
+      max1 = hn::Max(max1, hn::Load(d, s + (key + 1) * kV * lanes));
+      max2 = hn::Max(max2, hn::Load(d, s + (key + 2) * kV * lanes));
+      max3 = hn::Max(max3, hn::Load(d, s + (key + 3) * kV * lanes));
+    }
+    for (; key < num_keys; ++key) max0 = hn::Max(max0, hn::Load(d, s + key * kV * lanes));
+    const VF new_max = hn::Max(hn::Max(max0, max1), hn::Max(max2, max3));
+
+    VF sum0 = hn::Zero(d);
+    VF sum1 = hn::Zero(d);
+    for (key = 0; key + 2 <= num_keys; key += 2) {
+      float* HWY_RESTRICT a = s + key * kV * lanes;
+      float* HWY_RESTRICT b = a + kV * lanes;
+      const VF weight0 = exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      const VF weight1 = exp2(d, hn::Sub(hn::Load(d, b), new_max));
+      hn::Store(weight0, d, a);
+      hn::Store(weight1, d, b);
+      sum0 = hn::Add(sum0, weight0);
+      sum1 = hn::Add(sum1, weight1);
+    }
+    if (key < num_keys) {
+      float* HWY_RESTRICT a = s + key * kV * lanes;
+      const VF weight = exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      hn::Store(weight, d, a);
+      sum0 = hn::Add(sum0, weight);
+    }
+    const VF scale = exp2(d, hn::Sub(old_max, new_max));
+    hn::Store(new_max, d, row_max + v * lanes);
+    hn::Store(scale, d, rescale + v * lanes);
+    hn::Store(hn::MulAdd(hn::Load(d, row_sum + v * lanes), scale, hn::Add(sum0, sum1)), d, row_sum + v * lanes);
+  }
+}
+
+// Parts of a tile in scratch; see tile_floats().
+struct Tile {
+  float* qt = nullptr;             // [D, M]  times softmax_scale * log2(e)
+  float* ot = nullptr;             // [D, M]
+  float* row_max = nullptr;        // [M]     in units of log2
+  float* row_sum = nullptr;        // [M]
+  float* rescale = nullptr;        // [M]
+  std::int32_t* limit = nullptr;   // [M]     the row sees list coordinates below it
+  std::int32_t vectors = 0;        // M / lanes, 1 to kVectors
+  std::int32_t rows = 0;           // rows in use, at most M
+  std::int32_t least_limit = 0;    // over the rows in use
+  std::int32_t most_limit = 0;
+  std::int64_t first_row = 0;      // packed
+};
+
+// One block of keys for one tile; k_rows is padded to a multiple of kBroadcasts with valid pointers.
+template <int kV>
+HWY_NOINLINE void tile_step(const Tile& tile, std::int64_t head_dim, std::int32_t first_key, std::int32_t num_keys,
+                            const float* const* k_rows, const float* const* v_rows, float* scores) {
+  const DF d;
+  const std::int64_t m = kV * static_cast<std::int64_t>(hn::Lanes(d));
+  for (std::int32_t key = 0; key < num_keys; key += kBroadcasts) {
+    scores_of_keys<kV>(d, tile.qt, k_rows + key, head_dim, scores + key * m);
+  }
+  if (first_key + num_keys > tile.least_limit) mask_scores<kV>(d, first_key, num_keys, tile.limit, scores);
+  soften_scores<kV>(d, num_keys, scores, tile.row_max, tile.row_sum, tile.rescale);
+  for (std::int64_t d0 = 0; d0 < head_dim; d0 += kBroadcasts) {
+    mix_values<kV>(d, scores, v_rows, num_keys, d0, tile.rescale, tile.ot + d0 * m);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace compact::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target guard

@@ -1,0 +1,200 @@
+// The mean-key rule in its readable form: checks, tiles, reference.
+#include "src/select/mean_key.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "src/core/bit_words.h"
+#include "src/select/selector.h"
+
+namespace compact {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// E[j] of every scored page. Returns the number of rows with non-finite scores; if there are any, E is not meaningful.
+std::int64_t tile_energies(const SelectInput& input, const MeanKeyOptions& options, const QueryBlock& block,
+                           const MeanKeyTile& tile, std::vector<double>& energy) {
+  const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
+  const std::size_t num_scored = tile.scored_pages.size();
+  std::vector<std::vector<double>> scores(static_cast<std::size_t>(tile.rows));  // [rows][visible pages]
+  std::int64_t nonfinite_rows = 0;
+  std::int32_t voting_rows = 0;
+  double tile_max = -kInf;
+  for (std::int32_t r = 0; r < tile.rows; ++r) {
+    const float* q = input.q.row(block.q_begin + r / tile.heads, tile.q_head + r % tile.heads);  // [D]
+    auto& row = scores[static_cast<std::size_t>(r)];
+    bool finite = true;
+    double row_max = -kInf;
+    for (std::int32_t k = 0; k < tile.visible[static_cast<std::size_t>(r)]; ++k) {
+      const std::int32_t page = chunk.page_table[tile.scored_pages[static_cast<std::size_t>(k)]];
+      const float* mean = input.summaries.mean(page, tile.kv_head);  // [D]
+      double dot = 0;
+      for (std::int32_t x = 0; x < input.q.head_dim; ++x) dot += double{q[x]} * double{mean[x]};
+      row.push_back(double{input.softmax_scale} * dot);
+      finite = finite && row.back() < kInf;  // false for NaN and +inf
+      row_max = std::max(row_max, row.back());
+    }
+    if (row.empty()) continue;
+    ++voting_rows;
+    if (!finite || row_max == -kInf) ++nonfinite_rows;
+    tile_max = std::max(tile_max, row_max);
+  }
+
+  energy.assign(num_scored, 0);
+  for (const std::vector<double>& row : scores) {
+    if (row.empty()) continue;
+    double shift = tile_max;
+    double weight = 1;
+    if (options.norm == ScoreNorm::kRow) {
+      shift = *std::max_element(row.begin(), row.end());
+      double sum = 0;
+      for (const double a : row) sum += std::exp(a - shift);
+      weight = 1 / (sum * voting_rows);
+    }
+    for (std::size_t k = 0; k < row.size(); ++k) energy[k] += weight * std::exp(row[k] - shift);
+  }
+  return nonfinite_rows;
+}
+
+}  // namespace
+
+std::int32_t mean_key_block_tokens(TileShape tile, std::int32_t group, std::int32_t page_tokens) noexcept {
+  return block_tokens_within_page(tile == TileShape::kPacked ? kTileRows / group : kTileRows, page_tokens);
+}
+
+Status check_mean_key_options(const MeanKeyOptions& options) {
+  if (std::isnan(options.alpha) || options.alpha > 1) {
+    return invalid_argument(
+        fmt::format("mean-key: alpha is {}; allowed: at most 1, or negative for the share threshold", options.alpha));
+  }
+  if (options.alpha >= 0) return {};
+  if (options.norm == ScoreNorm::kTile) {
+    return invalid_argument("mean-key: tile norm has no shares; set alpha (0..1) or use row norm");
+  }
+  if (std::isnan(options.share) || options.share > 1) {
+    return invalid_argument(fmt::format("mean-key: share is {}; allowed: at most 1, 0 keeps every page", options.share));
+  }
+  return {};
+}
+
+Status check_mean_key_input(const SelectInput& input) {
+  CA_RETURN_IF_ERROR(check_select_input(input));
+  const PageSummaryView& summaries = input.summaries;
+  if (summaries.num_kv_heads < 1 || input.q.heads % summaries.num_kv_heads != 0) {
+    return invalid_argument(fmt::format("mean-key: {} query heads and {} KV heads; allowed: a multiple of the KV heads",
+                                        input.q.heads, summaries.num_kv_heads));
+  }
+  if (summaries.head_dim != input.q.head_dim) {
+    return invalid_argument(fmt::format("mean-key: head dimension {} in Q and {} in the page summaries", input.q.head_dim,
+                                        summaries.head_dim));
+  }
+  if (!std::isfinite(input.softmax_scale) || input.softmax_scale <= 0) {
+    return invalid_argument(
+        fmt::format("mean-key: softmax_scale is {}; allowed: finite and above 0", input.softmax_scale));
+  }
+  for (std::size_t b = 0; b < input.chunks.size(); ++b) {
+    const ChunkView& chunk = input.chunks[b];
+    if (chunk.chunk_tokens == 0) continue;
+    if (input.q.data == nullptr) return invalid_argument("mean-key: Q is null");
+    if (summaries.mean_k == nullptr || summaries.count == nullptr) {
+      return invalid_argument("mean-key: the cache keeps no page means; create it with page_means");
+    }
+    if (chunk.page_table == nullptr) return invalid_argument(fmt::format("mean-key: chunk {} has no page table", b));
+    const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
+    for (std::int32_t j = 0; j < chunk.num_pages(input.page_tokens); ++j) {
+      const std::int32_t page = chunk.page_table[j];
+      if (page < 0 || page >= summaries.num_pages) {
+        return invalid_argument(fmt::format("mean-key: chunk {}: page table entry {} is {}; allowed: 0..{}", b, j, page,
+                                            summaries.num_pages - 1));
+      }
+      if (j < past_pages && summaries.count[page] != input.page_tokens) {
+        return invalid_argument(fmt::format(
+            "mean-key: chunk {}: the summary of past page {} (physical {}) covers {} tokens, not {}; append every token "
+            "through the cache before selecting",
+            b, j, page, summaries.count[page], input.page_tokens));
+      }
+    }
+  }
+  return {};
+}
+
+void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options, const QueryBlock& block,
+                        std::int32_t mask_head, MeanKeyTile& tile) {
+  const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
+  const std::int32_t page_tokens = input.page_tokens;
+  const std::int32_t group = input.q.heads / input.summaries.num_kv_heads;
+  const bool packed = options.tile == TileShape::kPacked;
+  tile.kv_head = packed ? mask_head : mask_head / group;
+  tile.q_head = packed ? mask_head * group : mask_head;
+  tile.heads = packed ? group : 1;
+  tile.rows = block.tokens * tile.heads;
+  tile.past_pages = chunk.num_past_pages(page_tokens);
+
+  // Complete pages that end at or before the last query of the tile. Their tokens are in the cache by now: append comes
+  // before selection. A page of the chunk whose summary is not complete (the caller keeps no means for it) is left out.
+  const std::int32_t end = (block.first_position + block.tokens) / page_tokens;
+  tile.scored_pages.clear();
+  for (std::int32_t j = 0; j < end; ++j) {
+    if (j < tile.past_pages || input.summaries.count[chunk.page_table[j]] == page_tokens) tile.scored_pages.push_back(j);
+  }
+
+  tile.visible.clear();
+  for (std::int32_t r = 0; r < tile.rows; ++r) {
+    const std::int32_t position = block.first_position + r / tile.heads;
+    // kLast: the row stands at or after the page's last token; kFirst: at or after its first.
+    const std::int32_t visible_end =
+        options.visible == PageVisibility::kLast ? (position + 1) / page_tokens : position / page_tokens + 1;
+    const auto seen = std::lower_bound(tile.scored_pages.begin(), tile.scored_pages.end(), visible_end);
+    tile.visible.push_back(static_cast<std::int32_t>(seen - tile.scored_pages.begin()));
+  }
+}
+
+Status select_mean_key_reference(const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask,
+                                 std::vector<double>* energies, std::vector<double>* margins) {
+  CA_RETURN_IF_ERROR(check_mean_key_options(options));
+  CA_RETURN_IF_ERROR(check_mean_key_input(input));
+  const std::int32_t group = input.q.heads / input.summaries.num_kv_heads;
+  const bool packed = options.tile == TileShape::kPacked;
+  mask.reset(packed ? input.summaries.num_kv_heads : input.q.heads, input.page_tokens, input.chunks,
+             make_query_blocks(input.chunks, mean_key_block_tokens(options.tile, group, input.page_tokens)));
+  if (energies != nullptr) energies->assign(mask.words.size() * 64, kNaN);
+  if (margins != nullptr) margins->assign(mask.words.size() * 64, kNaN);
+
+  MeanKeyTile tile;
+  std::vector<double> energy;  // [scored pages]
+  for (std::int32_t head = 0; head < mask.mask_heads; ++head) {
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(mask.blocks.size()); ++i) {
+      const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
+      make_mean_key_tile(input, options, block, head, tile);
+      if (tile.past_pages == 0) continue;
+      std::uint64_t* row = mask.row(head, i);
+      if (mean_key_setting(options) <= 0) {
+        set_bits(row, 0, tile.past_pages);
+        continue;
+      }
+      const std::int64_t nonfinite_rows = tile_energies(input, options, block, tile, energy);
+      mask.nonfinite_rows += nonfinite_rows;
+      if (nonfinite_rows > 0) {
+        set_bits(row, 0, tile.past_pages);
+        continue;
+      }
+      const double threshold = options.alpha >= 0 ? options.alpha * *std::max_element(energy.begin(), energy.end())
+                                                  : double{options.share};
+      const std::size_t first = static_cast<std::size_t>(row - mask.words.data()) * 64;
+      for (std::int32_t j = 0; j < tile.past_pages; ++j) {
+        const double e = energy[static_cast<std::size_t>(j)];
+        if (static_cast<float>(e) >= static_cast<float>(threshold)) set_bit(row, j);
+        if (energies != nullptr) (*energies)[first + static_cast<std::size_t>(j)] = e;
+        if (margins != nullptr) (*margins)[first + static_cast<std::size_t>(j)] = e / threshold - 1;
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace compact

@@ -1,0 +1,25 @@
+/// What selectors share inside the library: input checks, the block length, one factory per selector.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "compact/selector.h"
+
+namespace compact {
+
+/// Rows of a full tile: tokens x heads. A tile of 128 x 128 scores is one step of the attention kernels too.
+inline constexpr std::int32_t kTileRows = 128;
+
+/// Largest power of two that is at most max_tokens and divides page_tokens, so that no query block straddles a page.
+[[nodiscard]] std::int32_t block_tokens_within_page(std::int32_t max_tokens, std::int32_t page_tokens) noexcept;
+
+/// Shapes of the step: P, positions, rows of Q. Does not look at page tables or summaries.
+[[nodiscard]] Status check_select_input(const SelectInput& input);
+
+[[nodiscard]] std::unique_ptr<Selector> make_dense_selector();
+[[nodiscard]] std::unique_ptr<Selector> make_static_selector();
+/// Errors: kInvalidArgument (an option out of range).
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_mean_key_selector(const MeanKeyOptions& options);
+
+}  // namespace compact

@@ -1,0 +1,82 @@
+"""Golden logits from transformers, in fp32, for model_golden_test.cc.
+
+    python tests/golden/make_model_goldens.py [--demo-only]
+
+Needs torch, transformers and safetensors. Writes two tiny random checkpoints with their logits, and logits of the
+shipped checkpoint at a few positions of a long prompt:
+
+    tests/golden/llama31_tiny/   Llama-3.1: GQA 4:1, llama3 RoPE scaling that bites within the prompt, untied head, bf16
+    tests/golden/qwen3_tiny/     Qwen3: query and key norms, head_dim != hidden / heads, tied head, fp32, two shards
+    tests/golden/demo_logits.safetensors
+
+Each holds `tokens` [n] i32, `positions` [k] i32 and `logits` [k, vocab] f32: the logits after each of those positions.
+"""
+
+import argparse
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+HERE = pathlib.Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "assets" / "demo"
+SEED = 20260516
+
+
+def widen_random_weights(model: torch.nn.Module) -> None:
+    """The default initialisation leaves logits nearly flat and norms at one: a wrong norm or rotation would not show."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
+        else:
+            scale = 1.0 if "embed" in name else 2.0 / parameter.shape[1] ** 0.5
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def save_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: list[int], path: pathlib.Path) -> None:
+    with torch.no_grad():
+        logits = model.float()(tokens[None], logits_to_keep=torch.tensor(positions)).logits[0]
+    save_file({"tokens": tokens.to(torch.int32), "positions": torch.tensor(positions, dtype=torch.int32),
+               "logits": logits.float().contiguous()}, path)
+    print(f"{path.relative_to(HERE.parents[1])}: {len(tokens)} tokens, logits {tuple(logits.shape)}, "
+          f"largest {logits.abs().max():.2f}")
+
+
+def tiny(config, model_class, directory: pathlib.Path, dtype: torch.dtype, shard_size: str) -> None:
+    model = model_class(config).eval()
+    widen_random_weights(model)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    generator = torch.Generator().manual_seed(SEED + 1)
+    tokens = torch.randint(0, config.vocab_size, (300,), generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    save_logits(model, tokens, [0, 1, 15, 16, 127, 128, 200, 298, 299], directory / "logits.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo-only", action="store_true", help="only the shipped checkpoint's logits")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    if not arguments.demo_only:
+        tiny(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
+                         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5,
+                         tie_word_embeddings=False, bos_token_id=0, eos_token_id=[1, 2],
+                         rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+                                          "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                          "original_max_position_embeddings": 64}),
+             LlamaForCausalLM, HERE / "llama31_tiny", torch.bfloat16, "5GB")
+        tiny(Qwen3Config(vocab_size=80, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=7,
+                         num_key_value_heads=1, head_dim=32, max_position_embeddings=512, rms_norm_eps=1e-6,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+             Qwen3ForCausalLM, HERE / "qwen3_tiny", torch.float32, "100KB")
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(SEED + 2)
+    tokens = torch.randint(2, model.config.vocab_size, (2600,), generator=generator)
+    save_logits(model, tokens, [0, 127, 1023, 1024, 2047, 2599], HERE / "demo_logits.safetensors")
+
+
+if __name__ == "__main__":
+    main()

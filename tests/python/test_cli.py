@@ -1,0 +1,200 @@
+"""The executable as a user meets it: what it prints and writes, and what bad input gets (exit code 2, a named error, nothing
+half-written)."""
+
+import json
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+
+
+def run(cli, *arguments, stdin=b"", expect=0):
+    done = subprocess.run([cli, *map(str, arguments)], input=stdin, capture_output=True, timeout=300)
+    output = done.stdout.decode("utf-8", "replace")
+    error = done.stderr.decode("utf-8", "replace")
+    assert done.returncode == expect, f"exit code {done.returncode}\n{output}\n{error}"
+    return output if expect == 0 else error
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("One of the special magic numbers for lamp is: 1234567. " * 20)
+    return path
+
+
+@pytest.fixture
+def model(demo_dir, tmp_path):
+    """A copy of the shipped checkpoint that a test may damage."""
+    return pathlib_copy(demo_dir, tmp_path / "model")
+
+
+def pathlib_copy(source, target):
+    target.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(source / name, target / name)
+    return target
+
+
+def test_run_writes_json_that_agrees_with_what_it_prints(cli, demo_dir, prompt, tmp_path):
+    out = tmp_path / "out.json"
+    svg = tmp_path / "out.svg"
+    printed = run(cli, "run", "-m", demo_dir, "-p", prompt, "--max-tokens", 8, "--min-context", 0, "--chunk", 256, "--json", out,
+                  "--svg", svg)
+    figures = json.loads(out.read_text())
+    assert {"answer", "prompt_tokens", "ttft_seconds", "attention_seconds", "density", "union_inflation", "selector", "mode",
+            "backend"} <= figures.keys()
+    assert figures["selector"] == "mean-key" and figures["mode"] == "paper" and figures["backend"] == "cpu"
+    assert figures["prompt_tokens"] > 200
+    assert 0 < figures["attention_seconds"] <= figures["ttft_seconds"]
+    assert 0 < figures["density"] <= 1 <= figures["union_inflation"]
+    assert printed.startswith(figures["answer"])
+    assert f"density {figures['density']:.3f}" in printed
+    assert svg.read_text().startswith("<svg")
+
+
+def test_dense_density_is_one_and_threshold_zero_answers_like_dense(cli, demo_dir, prompt, tmp_path):
+    figures = {}
+    for name, flags in {"dense": ["--selector", "dense"], "all": ["--share", 0, "--min-context", 0]}.items():
+        out = tmp_path / f"{name}.json"
+        run(cli, "run", "-m", demo_dir, "-p", prompt, "--max-tokens", 8, "--chunk", 128, "--json", out, *flags)
+        figures[name] = json.loads(out.read_text())
+    assert figures["dense"]["density"] == 1 and figures["dense"]["mode"] == "dense"
+    assert figures["all"]["density"] == 1
+    assert figures["all"]["answer"] == figures["dense"]["answer"]
+
+
+def test_prompt_from_stdin_and_any_bytes(cli, demo_dir):
+    run(cli, "run", "-m", demo_dir, "-p", "-", "--max-tokens", 2, stdin=b"caf\xe9 \xff\xfe \x00 \xf0\x9f\x98")
+
+
+def test_doctor(cli, demo_dir, tmp_path):
+    out = tmp_path / "doctor.json"
+    text = run(cli, "doctor", "-m", demo_dir, "--json", out)
+    assert "backend cpu" in text and "backend cuda" in text
+    assert json.loads(out.read_text())["model"]["architecture"] == "LlamaForCausalLM"
+
+
+def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was late, and the road was long. " * 700)
+    out, svg = tmp_path / "demo.json", tmp_path / "demo.svg"
+    printed = run(cli, "demo", "-m", demo_dir, "--text", text, "--tokens", 3000, "--json", out, "--svg", svg)
+    figures = json.loads(out.read_text())
+    assert figures["dense"]["density"] == 1 and figures["compact"]["density"] < 1
+    assert len(figures["expected"]) == 7 and figures["expected"].isdigit()
+    assert figures["dense"]["prompt_tokens"] == figures["compact"]["prompt_tokens"] > 2500
+    assert "union inflation" in printed and "page of the fact asked for" in svg.read_text()
+
+
+BAD_FLAGS = {
+    "unknown selector": (["--selector", "magic"], "dense, static, mean-key"),
+    "chunk of 0": (["--chunk", 0], "--chunk is 0"),
+    "page no power of two": (["--page", 100], "allowed: 16, 32, 64, 128, 256"),
+    "page too large": (["--page", 512], "allowed: 16, 32, 64, 128, 256"),
+    "not a number": (["--chunk", "many"], "many"),
+    "unknown flag": (["--turbo"], "turbo"),
+    "unknown mode": (["--mode", "tile"], "allowed: paper"),
+    "unknown backend": (["--backend", "tpu"], "allowed: cpu"),
+    "unknown preset": (["--preset", "best"], "flashprefill-v1"),
+    "unknown chat format": (["--chat", "irc"], "llama3"),
+    "unknown kv type": (["--kv-dtype", "fp8"], "f32, bf16"),
+    "two thresholds": (["--share", 0.1, "--alpha", 0.1], "one of them"),
+    "negative sink": (["--sink", -1], "0 tokens or more"),
+    "cache too small": (["--kv-pages", 1], "--kv-pages"),
+    "heads per unit": (["--heads-per-unit", 3], "divisor"),
+    "temperature": (["--temperature", -1], "temperature is -1"),
+    "json into nowhere": (["--json", "/no/such/place.json"], "/no/such/place.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flag_exits_2_with_a_named_error(cli, demo_dir, prompt, name):
+    flags, text = BAD_FLAGS[name]
+    assert text in run(cli, "run", "-m", demo_dir, "-p", prompt, *flags, expect=2)
+
+
+def test_unreadable_prompt(cli, demo_dir, tmp_path):
+    assert "missing.txt" in run(cli, "run", "-m", demo_dir, "-p", tmp_path / "missing.txt", expect=2)
+    assert "directory" in run(cli, "run", "-m", demo_dir, "-p", tmp_path, expect=2)
+
+
+def test_empty_prompt_is_its_begin_token_only(cli, demo_dir, tmp_path):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    run(cli, "run", "-m", demo_dir, "-p", tmp_path / "empty.txt", "--max-tokens", 1)
+
+
+def test_prompt_longer_than_the_models_positions(cli, model, prompt):
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = 64
+    (model / "config.json").write_text(json.dumps(config))
+    message = run(cli, "run", "-m", model, "-p", prompt, expect=2)
+    assert "the model has 64 positions" in message and "shorter by" in message
+
+
+def truncate_weights(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def wrong_shape(model):
+    config = json.loads((model / "config.json").read_text())
+    config["intermediate_size"] += 1
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def offsets_outside(model):
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + length])
+    name = next(key for key in header if key != "__metadata__")
+    header[name]["data_offsets"][1] += 1 << 40
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length:])
+
+
+def missing_shard(model):
+    path = model / "model.safetensors"
+    path.unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001.safetensors"}}))
+
+
+def unknown_architecture(model):
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def unsupported_tokenizer(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "Unigram", "vocab": []}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def broken_json(model):
+    (model / "config.json").write_text("{")
+
+
+BAD_MODELS = {truncate_weights: "model.safetensors", remove_weights: "model.safetensors", wrong_shape: "mlp", offsets_outside: "offset",
+              missing_shard: "model-00001.safetensors", unknown_architecture: "LlamaForCausalLM", unsupported_tokenizer: "Unigram",
+              broken_json: "config.json"}
+
+
+@pytest.mark.parametrize("damage", BAD_MODELS, ids=lambda damage: damage.__name__)
+def test_bad_checkpoint_exits_2_and_writes_nothing(cli, model, prompt, tmp_path, damage):
+    damage(model)
+    out = tmp_path / "out.json"
+    assert BAD_MODELS[damage] in run(cli, "run", "-m", model, "-p", prompt, "--json", out, expect=2)
+    assert not out.exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_missing_model_directory(cli, prompt):
+    assert "no/such/model" in run(cli, "run", "-m", "no/such/model", "-p", prompt, expect=2)

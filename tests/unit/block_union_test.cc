@@ -1,0 +1,266 @@
+#include "compact/block_union.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace compact {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::ElementsAreArray;
+using ::testing::HasSubstr;
+
+// One request with P = 16; the physical page of logical page j is 100 - j.
+class Union : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    table_.resize(100);
+    for (std::int32_t j = 0; j < 100; ++j) table_[static_cast<std::size_t>(j)] = 100 - j;
+    input_.num_q_heads = 4;
+    input_.num_kv_heads = 2;
+    input_.page_tokens = 16;
+    input_.num_physical_pages = 101;
+    input_.forced = {0, 0};
+  }
+  void chunk(std::int32_t start, std::int32_t tokens) {
+    std::int32_t row = 0;
+    for (const ChunkView& before : chunks_) row += before.chunk_tokens;
+    chunks_.push_back({row, tokens, start, table_.data(), false});
+    input_.chunks = chunks_;
+  }
+  void mask(std::int32_t heads, std::int32_t block_tokens = 16) {
+    mask_.reset(heads, input_.page_tokens, chunks_, make_query_blocks(chunks_, block_tokens));
+  }
+  void want(std::int32_t head, std::int32_t block, std::int32_t page) {
+    mask_.row(head, block)[page / 64] |= std::uint64_t{1} << (page % 64);
+  }
+  void unite() {
+    ThreadPool pool(2);
+    const Status status = build_page_lists(input_, mask_, lists_, pool);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  std::string error() {
+    ThreadPool pool(1);
+    const Status status = build_page_lists(input_, mask_, lists_, pool);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    return status.message();
+  }
+  std::vector<std::int32_t> pages(std::size_t u) const {
+    const AttentionUnit& unit = lists_.units[u];
+    const auto begin = lists_.logical_pages.begin() + unit.list_begin;
+    return {begin, begin + (unit.list_tokens + input_.page_tokens - 1) / input_.page_tokens};
+  }
+
+  std::vector<std::int32_t> table_;
+  std::vector<ChunkView> chunks_;
+  UnionInput input_;
+  BlockMask mask_;
+  PageLists lists_;
+};
+
+TEST_F(Union, WorkedByHand) {
+  chunk(70, 20);  // Np = 4, boundary page 4 with 6 past tokens, pages 4 and 5 are the chunk's; blocks 70..79, 80..89
+  mask(4);
+  want(0, 0, 3);
+  want(1, 1, 0);
+  want(2, 0, 1);
+  want(3, 1, 1);
+  unite();
+  EXPECT_EQ(lists_.heads_per_unit, 2);
+  ASSERT_EQ(lists_.units.size(), 2U);
+  EXPECT_THAT(pages(0), ElementsAre(0, 3, 4, 5));
+  EXPECT_THAT(pages(1), ElementsAre(1, 4, 5));
+  EXPECT_THAT(lists_.page_ids, ElementsAre(100, 97, 96, 95, 99, 96, 95));
+  const AttentionUnit& unit = lists_.units[1];
+  EXPECT_EQ(unit.q_begin, 0);
+  EXPECT_EQ(unit.q_len, 20);
+  EXPECT_EQ(unit.q_head, 2);
+  EXPECT_EQ(unit.kv_head, 1);
+  EXPECT_EQ(unit.list_begin, 4);
+  EXPECT_EQ(unit.past_tokens, 1 * 16 + 6);
+  EXPECT_EQ(unit.list_tokens, 1 * 16 + 6 + 20);
+  EXPECT_EQ(unit.causal_shift, 0);
+  const UnionStats& stats = lists_.chunk_stats[0];
+  EXPECT_EQ(stats.listed_row_pages, 40 * 2 + 40 * 1);
+  EXPECT_EQ(stats.wanted_row_pages, 10 + 10 + 10 + 10);  // four rows of ten tokens want one page each
+  EXPECT_EQ(stats.visible_row_pages, 20 * 4 * 4);
+  EXPECT_DOUBLE_EQ(stats.density(), 120.0 / 320);
+  EXPECT_DOUBLE_EQ(stats.union_inflation(), 3.0);
+}
+
+TEST_F(Union, PackedRowsStandForAllHeadsAndSubGroupsInheritThem) {
+  input_.num_q_heads = 8;
+  input_.heads_per_unit = 2;  // two sub-groups a KV head
+  chunk(64, 16);
+  mask(2);
+  want(0, 0, 1);
+  want(1, 0, 2);
+  want(1, 0, 3);
+  unite();
+  ASSERT_EQ(lists_.units.size(), 4U);
+  EXPECT_THAT(pages(0), ElementsAre(1, 4));
+  EXPECT_THAT(pages(1), ElementsAre(1, 4));
+  EXPECT_THAT(pages(2), ElementsAre(2, 3, 4));
+  EXPECT_THAT(pages(3), ElementsAre(2, 3, 4));
+  EXPECT_EQ(lists_.units[3].q_head, 6);
+  EXPECT_EQ(lists_.units[3].kv_head, 1);
+  EXPECT_EQ(lists_.chunk_stats[0].wanted_row_pages, 16 * 4 * 1 + 16 * 4 * 2);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 1.0);
+}
+
+TEST_F(Union, ForcedPagesBelongToEachQueryBlock) {
+  // W = 2: block 160..175 (page 10) forces pages 9 and 10, block 176..191 pages 10 and 11; page 10 on is the chunk's.
+  chunk(160, 32);
+  input_.forced = {17, 32};  // two sink pages
+  mask(2);
+  unite();
+  EXPECT_THAT(pages(0), ElementsAre(0, 1, 9, 10, 11));
+  EXPECT_EQ(lists_.chunk_stats[0].listed_row_pages, 32 * 4 * 3);
+  EXPECT_EQ(lists_.chunk_stats[0].wanted_row_pages, 16 * 4 * 3 + 16 * 4 * 2);
+}
+
+TEST_F(Union, WindowCountsPagesFromTheBlocksFirst) {
+  chunk(168, 8);  // page 10 is the boundary page
+  const auto with_window = [&](std::int32_t tokens) {
+    input_.forced = {0, tokens};
+    mask(2);
+    unite();
+    return pages(0);
+  };
+  EXPECT_THAT(with_window(0), ElementsAre(10));
+  EXPECT_THAT(with_window(16), ElementsAre(10));
+  EXPECT_THAT(with_window(17), ElementsAre(9, 10));
+  EXPECT_THAT(with_window(64), ElementsAre(7, 8, 9, 10));
+  EXPECT_THAT(with_window(1 << 30), ElementsAre(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10));
+}
+
+TEST_F(Union, SinkDoesNotPassThePast) {
+  chunk(32, 8);
+  input_.forced = {0x7fffffff, 0x7fffffff};
+  mask(2);
+  unite();
+  EXPECT_THAT(pages(0), ElementsAre(0, 1, 2));
+  EXPECT_EQ(lists_.chunk_stats[0].wanted_row_pages, 8 * 4 * 2);
+}
+
+TEST_F(Union, FirstChunkListsItsOwnPages) {
+  chunk(0, 20);
+  mask(4);
+  unite();
+  ASSERT_EQ(lists_.units.size(), 2U);
+  EXPECT_THAT(pages(0), ElementsAre(0, 1));
+  EXPECT_EQ(lists_.units[0].past_tokens, 0);
+  EXPECT_EQ(lists_.units[0].list_tokens, 20);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].density(), 1.0);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 1.0);
+}
+
+TEST_F(Union, BoundaryPageWithoutPastPage) {
+  chunk(5, 3);
+  mask(4);
+  unite();
+  EXPECT_THAT(pages(0), ElementsAre(0));
+  EXPECT_EQ(lists_.units[0].past_tokens, 5);
+  EXPECT_EQ(lists_.units[0].list_tokens, 8);
+}
+
+TEST_F(Union, EmptyChunkHasNoUnit) {
+  chunk(64, 0);
+  chunks_[0].page_table = nullptr;
+  chunk(64, 1);
+  chunk(64, 0);
+  mask(4);
+  unite();
+  ASSERT_EQ(lists_.units.size(), 2U);
+  EXPECT_EQ(lists_.chunk_stats.size(), 3U);
+  EXPECT_EQ(lists_.chunk_stats[0].visible_row_pages, 0);
+  chunks_.clear();
+  input_.chunks = chunks_;
+  mask(4);
+  unite();
+  EXPECT_TRUE(lists_.units.empty());
+  EXPECT_TRUE(lists_.page_ids.empty());
+}
+
+TEST_F(Union, DenseListsAreThePageTable) {
+  chunk(70, 20);
+  chunk(3, 0);
+  chunk(0, 16);
+  input_.num_q_heads = 16;  // G = 8: two sub-groups
+  ASSERT_TRUE(build_dense_lists(input_, lists_).ok());
+  EXPECT_EQ(lists_.heads_per_unit, 4);
+  ASSERT_EQ(lists_.units.size(), 8U);
+  for (std::size_t u = 0; u < 4; ++u) EXPECT_THAT(pages(u), ElementsAre(0, 1, 2, 3, 4, 5));
+  for (std::size_t u = 4; u < 8; ++u) EXPECT_THAT(pages(u), ElementsAre(0));
+  EXPECT_EQ(lists_.units[3].q_head, 12);
+  EXPECT_EQ(lists_.units[3].kv_head, 1);
+  EXPECT_EQ(lists_.units[3].past_tokens, 70);
+  EXPECT_EQ(lists_.units[3].list_tokens, 90);
+  EXPECT_THAT(lists_.page_ids, ElementsAre(100, 99, 98, 97, 96, 95, 100));
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].density(), 1.0);
+  EXPECT_EQ(lists_.chunk_stats[0].visible_row_pages, 20 * 16 * 4);
+}
+
+TEST(DefaultHeadsPerUnit, LargestDivisorUpToFour) {
+  std::vector<std::int32_t> heads;
+  for (std::int32_t group = 1; group <= 16; ++group) heads.push_back(default_heads_per_unit(group));
+  EXPECT_THAT(heads, ElementsAreArray({1, 2, 3, 4, 5, 3, 7, 4, 3, 2, 11, 4, 13, 2, 3, 4}));
+  EXPECT_EQ(default_heads_per_unit(25), 25);  // no divisor between 2 and 4: sharing is what the method lives on
+}
+
+TEST_F(Union, BadShapesAreNamed) {
+  chunk(70, 20);
+  mask(4);
+  const UnionInput good = input_;
+  const auto expect = [&](auto&& spoil, const std::string& message) {
+    input_ = good;
+    spoil(input_);
+    EXPECT_THAT(error(), HasSubstr(message));
+    EXPECT_THAT(build_dense_lists(input_, lists_).message(), HasSubstr(message));
+    input_ = good;
+  };
+  expect([](UnionInput& in) { in.num_kv_heads = 0; }, "4 query heads and 0 KV heads");
+  expect([](UnionInput& in) { in.num_kv_heads = 3; }, "4 query heads and 3 KV heads");
+  expect([](UnionInput& in) { in.page_tokens = 0; }, "page_tokens is 0");
+  expect([](UnionInput& in) { in.forced.sink_tokens = -1; }, "-1 sink and 0 window tokens");
+  expect([](UnionInput& in) { in.forced.window_tokens = -1; }, "0 sink and -1 window tokens");
+  expect([](UnionInput& in) { in.heads_per_unit = 3; }, "heads_per_unit is 3; allowed: 0 (default) or a divisor of G = 2");
+  expect([](UnionInput& in) { in.heads_per_unit = -1; }, "heads_per_unit is -1");
+  expect([](UnionInput& in) { in.num_physical_pages = 97; }, "chunk 0: page table entry 0 is 100; allowed: 0..96");
+  table_[5] = -1;
+  expect([](UnionInput&) {}, "page table entry 5 is -1; allowed: 0..100");
+  chunks_[0].page_table = nullptr;
+  expect([](UnionInput&) {}, "chunk 0 has no page table");
+  chunks_[0].chunk_start = -1;
+  expect([](UnionInput&) {}, "from position -1");
+}
+
+TEST_F(Union, MaskThatDoesNotFitIsNamed) {
+  chunk(70, 20);
+  chunk(64, 5);
+  mask(4);
+  const BlockMask good = mask_;
+  const auto expect = [&](auto&& spoil, const std::string& message) {
+    mask_ = good;
+    spoil(mask_);
+    EXPECT_THAT(error(), HasSubstr(message));
+  };
+  expect([](BlockMask& m) { m.mask_heads = 3; }, "the mask has 3 heads; allowed: 4 (per query head) or 2 (per KV head)");
+  expect([](BlockMask& m) { m.words.pop_back(); }, "the mask has 11 words");
+  expect([](BlockMask& m) { m.words_per_row = 0, m.words.clear(); }, "mask rows have 0 words; chunk 0 has 4 past pages");
+  expect([](BlockMask& m) { m.blocks.pop_back(), m.words.resize(8); }, "end before chunk 1, position 64");
+  expect([](BlockMask& m) { m.blocks.push_back(m.blocks[0]), m.words.resize(16); }, "has 4 query blocks; the chunks have 3");
+  expect([](BlockMask& m) { m.blocks[1].first_position = 81; }, "query block 1");
+  expect([](BlockMask& m) { m.blocks[1].q_begin = 0; }, "query block 1");
+  expect([](BlockMask& m) { m.blocks[1].tokens = 0; }, "query block 1");
+  expect([](BlockMask& m) { m.blocks[1].tokens = 11; }, "query block 1");
+  expect([](BlockMask& m) { m.blocks[2].chunk = 0; }, "query block 2");
+  expect([](BlockMask& m) { m.row(3, 1)[0] = 0x10; }, "(head 3, query block 1) names a page that is not past");
+}
+
+}  // namespace
+}  // namespace compact
