@@ -2,10 +2,11 @@
 //
 //   attention_cpu_bench [--threads N] [--repeats N] [--json FILE] [--case SUBSTRING] [--cpu-time]
 //
-// Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes. Inputs are
-// random; every repeat uses another copy of Q and another region of the cache, together larger than L2. sgemm and attention
-// alternate, so that a change of clock or load meets both.
+// Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes.
+// Inputs are random; every repeat uses another copy of Q and another region of the cache, together larger than L2.
+// sgemm and attention alternate, so that a change of clock or load meets both.
 #include <cblas.h>
+#include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -18,8 +19,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#include <fmt/format.h>
 
 #include "compact/attention.h"
 #include "src/core/bf16.h"
@@ -40,8 +39,8 @@ struct Shape {
   std::int32_t context = 8192;     // L
   std::int32_t page_tokens = 128;  // P
   DType dtype = DType::kF32;
-  double density = 1;              // share of past pages in the lists
-  bool token_major = false;        // NHD instead of HND
+  double density = 1;        // share of past pages in the lists
+  bool token_major = false;  // NHD instead of HND
 };
 
 std::string shape_name(const Shape& s) {
@@ -82,8 +81,12 @@ std::vector<float> random_floats(std::size_t count, std::uint32_t seed) {
 class Sgemm {
  public:
   Sgemm(int m, int n, int k)
-      : m_(m), n_(n), k_(k), a_(random_floats(std::size_t(m) * std::size_t(k), 1)),
-        b_(random_floats(std::size_t(k) * std::size_t(n), 2)), c_(std::size_t(m) * std::size_t(n)) {}
+      : m_(m),
+        n_(n),
+        k_(k),
+        a_(random_floats(std::size_t(m) * std::size_t(k), 1)),
+        b_(random_floats(std::size_t(k) * std::size_t(n), 2)),
+        c_(std::size_t(m) * std::size_t(n)) {}
   [[nodiscard]] std::string name() const { return fmt::format("{}x{}x{}", m_, n_, k_); }
   double gflops_once() {
     const double elapsed = seconds([&] {
@@ -122,8 +125,13 @@ class AttentionCase {
     const Shape& s = shape_;
     compact::AttentionInput input;
     input.q = compact::contiguous_rows<const float>(q_.data() + q_begin, s.chunk, s.num_q_heads, s.head_dim);
-    input.kv = {.k = k_.data(), .v = v_.data(), .dtype = s.dtype, .num_pages = copies_ * context_pages_,
-                .num_kv_heads = s.num_kv_heads, .page_tokens = s.page_tokens, .head_dim = s.head_dim,
+    input.kv = {.k = k_.data(),
+                .v = v_.data(),
+                .dtype = s.dtype,
+                .num_pages = copies_ * context_pages_,
+                .num_kv_heads = s.num_kv_heads,
+                .page_tokens = s.page_tokens,
+                .head_dim = s.head_dim,
                 .page_stride = std::int64_t{s.page_tokens} * s.num_kv_heads * s.head_dim,
                 .head_stride = s.token_major ? s.head_dim : std::int64_t{s.page_tokens} * s.head_dim,
                 .token_stride = s.token_major ? std::int64_t{s.num_kv_heads} * s.head_dim : s.head_dim};
@@ -162,7 +170,8 @@ class AttentionCase {
     const std::int32_t past_pages = start / s.page_tokens;
     const auto kept = static_cast<std::int32_t>(std::max(1.0, past_pages * s.density + 0.5));
     std::vector<std::int32_t> logical;
-    for (std::int32_t i = 0; i < std::min(kept, past_pages); ++i) logical.push_back(std::int32_t(std::int64_t{i} * past_pages / kept));
+    for (std::int32_t i = 0; i < std::min(kept, past_pages); ++i)
+      logical.push_back(std::int32_t(std::int64_t{i} * past_pages / kept));
     const std::int32_t past_tokens = std::int32_t(logical.size()) * s.page_tokens + start % s.page_tokens;
     for (std::int32_t j = past_pages; j < context_pages_; ++j) logical.push_back(j);
 
@@ -171,24 +180,28 @@ class AttentionCase {
     std::shuffle(physical.begin(), physical.end(), std::minstd_rand(6));
     page_ids_.resize(std::size_t(copies_));
     for (std::int32_t copy = 0; copy < copies_; ++copy) {
-      for (const std::int32_t j : logical) page_ids_[std::size_t(copy)].push_back(physical[std::size_t(copy * context_pages_ + j)]);
+      for (const std::int32_t j : logical)
+        page_ids_[std::size_t(copy)].push_back(physical[std::size_t(copy * context_pages_ + j)]);
     }
     const std::int32_t group = s.num_q_heads / s.num_kv_heads;
     for (std::int32_t g = 0; g < s.num_kv_heads; ++g) {
-      units_.push_back({.q_len = s.chunk, .q_head = g * group, .kv_head = g, .list_tokens = past_tokens + s.chunk,
+      units_.push_back({.q_len = s.chunk,
+                        .q_head = g * group,
+                        .kv_head = g,
+                        .list_tokens = past_tokens + s.chunk,
                         .past_tokens = past_tokens});
     }
-    visible_pairs_ = std::int64_t{s.num_q_heads} *
-                     (std::int64_t{past_tokens} * s.chunk + std::int64_t{s.chunk} * (s.chunk + 1) / 2);
+    visible_pairs_ =
+        std::int64_t{s.num_q_heads} * (std::int64_t{past_tokens} * s.chunk + std::int64_t{s.chunk} * (s.chunk + 1) / 2);
   }
 
   Shape shape_;
   std::int32_t copies_ = 0;
   std::int32_t context_pages_ = 0;
   std::int32_t next_ = 0;
-  std::vector<char> k_, v_;      // [copies * context_pages, Hkv, P, D] or [.., P, Hkv, D]
-  std::vector<float> q_, o_;     // [copies, C, Hq, D]
-  std::vector<float> lse_;       // [C, Hq]
+  std::vector<char> k_, v_;   // [copies * context_pages, Hkv, P, D] or [.., P, Hkv, D]
+  std::vector<float> q_, o_;  // [copies, C, Hq, D]
+  std::vector<float> lse_;    // [C, Hq]
   std::vector<AttentionUnit> units_;
   std::vector<std::vector<std::int32_t>> page_ids_;  // [copies][list pages]
   std::int64_t visible_pairs_ = 0;
@@ -202,7 +215,8 @@ std::vector<Shape> shapes() {
         all.push_back({.head_dim = head_dim, .context = context, .dtype = dtype});
       }
     }
-    for (const double density : {0.25, 0.10}) all.push_back({.head_dim = head_dim, .context = 32768, .density = density});
+    for (const double density : {0.25, 0.10})
+      all.push_back({.head_dim = head_dim, .context = 32768, .density = density});
     all.push_back({.head_dim = head_dim, .context = 8192, .page_tokens = 16});
     all.push_back({.num_q_heads = 32, .num_kv_heads = 8, .head_dim = head_dim, .context = 4096, .token_major = true});
     all.push_back({.head_dim = head_dim, .chunk = 1, .context = 32768});
@@ -254,7 +268,8 @@ int main(int argc, char** argv) {
       if (i % 4 == 0) run_gemms();
       rates.push_back(attention.gflops_once(pool));
     }
-    cases.push_back({{"name", shape_name(shape)}, {"gflops", median(rates)},
+    cases.push_back({{"name", shape_name(shape)},
+                     {"gflops", median(rates)},
                      {"gflops_best", *std::max_element(rates.begin(), rates.end())}});
   }
 
@@ -270,13 +285,21 @@ int main(int argc, char** argv) {
   for (nlohmann::json& one : cases) {
     one["share_of_sgemm"] = one["gflops"].get<double>() / sgemm;
     fmt::print("{:<64} {:8.1f} GFLOP/s   best {:6.1f}   {:5.1f} % of sgemm\n", one["name"].get<std::string>(),
-               one["gflops"].get<double>(), one["gflops_best"].get<double>(), 100 * one["share_of_sgemm"].get<double>());
+               one["gflops"].get<double>(), one["gflops_best"].get<double>(),
+               100 * one["share_of_sgemm"].get<double>());
   }
   if (!json_path.empty()) {
     std::ofstream file(json_path);
-    file << nlohmann::json{{"clock", use_cpu_time ? "cpu" : "wall"}, {"threads", pool.num_threads()}, {"target", compact::cpu_attention_target()},
-                           {"openblas", openblas_get_config()}, {"repeats", repeats}, {"sgemm", yardstick},
-                           {"sgemm_gflops", sgemm}, {"attention", cases}}.dump(2) << "\n";
+    file << nlohmann::json{{"clock", use_cpu_time ? "cpu" : "wall"},
+                           {"threads", pool.num_threads()},
+                           {"target", compact::cpu_attention_target()},
+                           {"openblas", openblas_get_config()},
+                           {"repeats", repeats},
+                           {"sgemm", yardstick},
+                           {"sgemm_gflops", sgemm},
+                           {"attention", cases}}
+                .dump(2)
+         << "\n";
     if (!file) {
       fmt::print(stderr, "attention_cpu_bench: cannot write {}\n", json_path);
       return 1;

@@ -10,9 +10,9 @@ namespace {
 
 // Unit = 1/1024 of a 128 x 128 tile step. Start values of method.md 5.3.
 constexpr std::int64_t kTileTokens = 128;
-constexpr std::int64_t kTileCost = 1024;      // scores and values of 128 rows with 128 keys
-constexpr std::int64_t kTileOverhead = 2;     // tile steps that an M-tile pays once: load Q, normalise, store O
-constexpr std::int64_t kPageCost = 358;       // bringing 128 tokens of K and V near the core, once per unit
+constexpr std::int64_t kTileCost = 1024;   // scores and values of 128 rows with 128 keys
+constexpr std::int64_t kTileOverhead = 2;  // tile steps that an M-tile pays once: load Q, normalise, store O
+constexpr std::int64_t kPageCost = 358;    // bringing 128 tokens of K and V near the core, once per unit
 constexpr std::int64_t kUnitCost = 1024;
 
 std::int32_t list_pages(const AttentionUnit& unit, std::int32_t page_tokens) {
@@ -28,7 +28,8 @@ struct ChunkRange {
   std::int32_t list_end = 0;
 };
 
-ChunkRange chunk_range(const PageLists& lists, const ChunkView& chunk, std::int32_t page_tokens, std::size_t unit_begin) {
+ChunkRange chunk_range(const PageLists& lists, const ChunkView& chunk, std::int32_t page_tokens,
+                       std::size_t unit_begin) {
   ChunkRange range{unit_begin, unit_begin, 0, 0};
   for (; range.unit_end < lists.units.size(); ++range.unit_end) {
     const AttentionUnit& unit = lists.units[range.unit_end];
@@ -46,7 +47,8 @@ void append(const PageLists& from, const ChunkRange& range, PageLists& to) {
     to.units.push_back(from.units[u]);
     to.units.back().list_begin += shift;
   }
-  to.page_ids.insert(to.page_ids.end(), from.page_ids.begin() + range.list_begin, from.page_ids.begin() + range.list_end);
+  to.page_ids.insert(to.page_ids.end(), from.page_ids.begin() + range.list_begin,
+                     from.page_ids.begin() + range.list_end);
   to.logical_pages.insert(to.logical_pages.end(), from.logical_pages.begin() + range.list_begin,
                           from.logical_pages.begin() + range.list_end);
 }
@@ -71,8 +73,8 @@ DenseReason crossover_before_selection(const CrossoverPolicy& policy, const Chun
   return DenseReason::kNone;
 }
 
-// cost = M (n t_tile + o_item t_tile) + n t_page + t_unit with n in tiles of 128 list tokens: for P = 128 the formula of
-// method.md 5.3 as it stands; other page sizes pay by the token.
+// cost = M (n t_tile + o_item t_tile) + n t_page + t_unit with n in tiles of 128 list tokens: for P = 128 the formula
+// of method.md 5.3 as it stands; other page sizes pay by the token.
 std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
                        std::int32_t page_tokens) noexcept {
   if (q_len <= 0) return 0;
@@ -111,12 +113,11 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
       cost += unit_cost(lists.units[u].q_len, lists.heads_per_unit, list_pages(lists.units[u], input.page_tokens),
                         input.page_tokens);
     }
-    const std::int64_t dense_cost =
-        dense_units * unit_cost(chunk.chunk_tokens, lists.heads_per_unit, chunk.num_pages(input.page_tokens),
-                                input.page_tokens);
+    const std::int64_t dense_cost = dense_units * unit_cost(chunk.chunk_tokens, lists.heads_per_unit,
+                                                            chunk.num_pages(input.page_tokens), input.page_tokens);
     // Without a past the lists hold every page already.
-    const bool may_change = reasons[b] == DenseReason::kNone && chunk.chunk_tokens > 0 &&
-                            chunk.num_past_pages(input.page_tokens) > 0;
+    const bool may_change =
+        reasons[b] == DenseReason::kNone && chunk.chunk_tokens > 0 && chunk.num_past_pages(input.page_tokens) > 0;
     if (!may_change || cost * (1024 + policy.margin_1024ths) < dense_cost * 1024) {
       append(lists, range, result);
       continue;

@@ -16,7 +16,9 @@ Status wrong(fmt::format_string<Args...> text, Args&&... args) {
 }
 
 // A stride matters only where its index exceeds 0; rows must not overlap.
-bool stride_ok(std::int64_t stride, std::int32_t count, std::int32_t head_dim) { return count <= 1 || stride >= head_dim; }
+bool stride_ok(std::int64_t stride, std::int32_t count, std::int32_t head_dim) {
+  return count <= 1 || stride >= head_dim;
+}
 
 template <class T>
 Status check_rows(const char* name, const RowsView<T>& rows, const PagedKvView& kv) {

@@ -77,7 +77,8 @@ Status check_mean_key_options(const MeanKeyOptions& options) {
     return invalid_argument("mean-key: tile norm has no shares; set alpha (0..1) or use row norm");
   }
   if (std::isnan(options.share) || options.share > 1) {
-    return invalid_argument(fmt::format("mean-key: share is {}; allowed: at most 1, 0 keeps every page", options.share));
+    return invalid_argument(
+        fmt::format("mean-key: share is {}; allowed: at most 1, 0 keeps every page", options.share));
   }
   return {};
 }
@@ -90,8 +91,8 @@ Status check_mean_key_input(const SelectInput& input) {
                                         input.q.heads, summaries.num_kv_heads));
   }
   if (summaries.head_dim != input.q.head_dim) {
-    return invalid_argument(fmt::format("mean-key: head dimension {} in Q and {} in the page summaries", input.q.head_dim,
-                                        summaries.head_dim));
+    return invalid_argument(fmt::format("mean-key: head dimension {} in Q and {} in the page summaries",
+                                        input.q.head_dim, summaries.head_dim));
   }
   if (!std::isfinite(input.softmax_scale) || input.softmax_scale <= 0) {
     return invalid_argument(
@@ -113,10 +114,11 @@ Status check_mean_key_input(const SelectInput& input) {
                                             summaries.num_pages - 1));
       }
       if (j < past_pages && summaries.count[page] != input.page_tokens) {
-        return invalid_argument(fmt::format(
-            "mean-key: chunk {}: the summary of past page {} (physical {}) covers {} tokens, not {}; append every token "
-            "through the cache before selecting",
-            b, j, page, summaries.count[page], input.page_tokens));
+        return invalid_argument(
+            fmt::format("mean-key: chunk {}: the summary of past page {} (physical {}) covers {} tokens, not {}; "
+                        "append every token "
+                        "through the cache before selecting",
+                        b, j, page, summaries.count[page], input.page_tokens));
       }
     }
   }
@@ -140,7 +142,8 @@ void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options,
   const std::int32_t end = (block.first_position + block.tokens) / page_tokens;
   tile.scored_pages.clear();
   for (std::int32_t j = 0; j < end; ++j) {
-    if (j < tile.past_pages || input.summaries.count[chunk.page_table[j]] == page_tokens) tile.scored_pages.push_back(j);
+    if (j < tile.past_pages || input.summaries.count[chunk.page_table[j]] == page_tokens)
+      tile.scored_pages.push_back(j);
   }
 
   tile.visible.clear();
@@ -183,8 +186,8 @@ Status select_mean_key_reference(const SelectInput& input, const MeanKeyOptions&
         set_bits(row, 0, tile.past_pages);
         continue;
       }
-      const double threshold = options.alpha >= 0 ? options.alpha * *std::max_element(energy.begin(), energy.end())
-                                                  : double{options.share};
+      const double threshold =
+          options.alpha >= 0 ? options.alpha * *std::max_element(energy.begin(), energy.end()) : double{options.share};
       const std::size_t first = static_cast<std::size_t>(row - mask.words.data()) * 64;
       for (std::int32_t j = 0; j < tile.past_pages; ++j) {
         const double e = energy[static_cast<std::size_t>(j)];

@@ -34,12 +34,12 @@ namespace compact {
 /// Rows (t, h) that vote together: the tokens of one query block times one query head, or all heads of a KV head.
 struct MeanKeyTile {
   std::int32_t kv_head = 0;
-  std::int32_t q_head = 0;                  // first query head
-  std::int32_t heads = 0;                   // query heads; row r is token r / heads, head q_head + r % heads
-  std::int32_t rows = 0;                    // tokens x heads
-  std::int32_t past_pages = 0;              // Np
-  std::vector<std::int32_t> scored_pages;   // [n]     logical pages, ascending; 0..Np-1 come first
-  std::vector<std::int32_t> visible;        // [rows]  scored pages that the row sees: scored_pages[0, visible[r])
+  std::int32_t q_head = 0;                 // first query head
+  std::int32_t heads = 0;                  // query heads; row r is token r / heads, head q_head + r % heads
+  std::int32_t rows = 0;                   // tokens x heads
+  std::int32_t past_pages = 0;             // Np
+  std::vector<std::int32_t> scored_pages;  // [n]     logical pages, ascending; 0..Np-1 come first
+  std::vector<std::int32_t> visible;       // [rows]  scored pages that the row sees: scored_pages[0, visible[r])
 };
 
 /// The tile of (mask head, query block). `tile` keeps its memory from call to call.
@@ -48,7 +48,8 @@ void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options,
 
 /// Readable reference: loops over rows and pages, fp64 accumulation, fp32 comparison.
 ///
-/// energies, margins  [mask_heads, query blocks, 64 * words_per_row] or null: E[j] and E[j] / threshold - 1 of past pages;
+/// energies, margins  [mask_heads, query blocks, 64 * words_per_row] or null: E[j] and E[j] / threshold - 1 of past
+/// pages;
 ///                    NaN where nothing was compared (keep-all settings, rows with non-finite scores, j >= Np)
 [[nodiscard]] Status select_mean_key_reference(const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask,
                                                std::vector<double>* energies = nullptr,

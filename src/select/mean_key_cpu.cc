@@ -1,9 +1,9 @@
 // The mean-key rule on CPUs: one task per tile, rows in lanes.
 //
-// A tile has up to 128 rows (t, h). Its queries are transposed once into [D, rows], scaled by s * log2(e), so that a vector
-// holds one dimension of 4..16 rows and a mean key is broadcast: every score is one chain of D fused multiply-adds over
-// ascending d, whatever the vector length, the register block or the page's neighbours. Three passes over a score panel
-// [pages, rows] in the thread's scratch (0.5 MB at 1024 pages: second-level cache):
+// A tile has up to 128 rows (t, h). Its queries are transposed once into [D, rows], scaled by s * log2(e), so that a
+// vector holds one dimension of 4..16 rows and a mean key is broadcast: every score is one chain of D fused
+// multiply-adds over ascending d, whatever the vector length, the register block or the page's neighbours. Three passes
+// over a score panel [pages, rows] in the thread's scratch (0.5 MB at 1024 pages: second-level cache):
 //   1. scores in register blocks of 4 vectors x 6 pages, row maxima, non-finite test
 //   2. 2^(a - max) in place and, for the row norm, its sum per row, pages ascending
 //   3. E[j] = sum over rows of weight * panel, 16 partial sums joined in a fixed tree
@@ -15,7 +15,6 @@
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #endif
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
-
 #include "hwy/highway.h"
 #include "src/core/fast_exp2-inl.h"
 #include "src/select/mean_key_tile.h"
@@ -38,7 +37,8 @@ using V = hn::Vec<D>;
 // Registers: 4 x 6 accumulators + 4 + 1 of 32, or 2 x 6 + 2 + 1 of 16.
 constexpr int kMaxVecs = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM ? 4 : 2;
 
-// Scores of kVecs vectors of rows from r0 on with the pages [j0, j0 + kPageBlock), their row maxima and non-finite flags.
+// Scores of kVecs vectors of rows from r0 on with the pages [j0, j0 + kPageBlock), their row maxima and non-finite
+// flags.
 template <int kVecs>
 HWY_INLINE void score_block(const TileJob& job, std::int32_t r0, std::int32_t j0) {
   const D d;
@@ -346,9 +346,8 @@ std::int64_t select_tile(const SelectInput& input, const MeanKeyOptions& options
     return bad;
   }
   const float* energy = scorer.energy();
-  const float threshold = options.alpha >= 0
-                              ? options.alpha * *std::max_element(energy, energy + tile.scored_pages.size())
-                              : options.share;
+  const float threshold =
+      options.alpha >= 0 ? options.alpha * *std::max_element(energy, energy + tile.scored_pages.size()) : options.share;
   for (std::int32_t j = 0; j < tile.past_pages; ++j) {
     if (energy[j] >= threshold) set_bit(row, j);
   }
@@ -392,7 +391,8 @@ Status select_mean_key_cpu(const SelectInput& input, const MeanKeyOptions& optio
     if (keep_all || mask.words.empty()) break;  // nothing is scored
     s.floats = hwy::AllocateAligned<float>(static_cast<std::size_t>(floats));
     if (s.floats == nullptr) {
-      return out_of_memory(fmt::format("mean-key: {} bytes of scratch for each of {} threads", floats * 4, scratch.size()));
+      return out_of_memory(
+          fmt::format("mean-key: {} bytes of scratch for each of {} threads", floats * 4, scratch.size()));
     }
   }
 

@@ -16,7 +16,8 @@ std::vector<QueryBlock> make_query_blocks(std::span<const ChunkView> chunks, std
       // Edges lie at absolute multiples of block_tokens, so that the same tokens meet in any chunking.
       const std::int32_t to_edge = block_tokens - position % block_tokens;
       const std::int32_t tokens = std::min(to_edge, chunk.context_tokens() - position);
-      blocks.push_back({static_cast<std::int32_t>(b), chunk.q_begin + (position - chunk.chunk_start), tokens, position});
+      blocks.push_back(
+          {static_cast<std::int32_t>(b), chunk.q_begin + (position - chunk.chunk_start), tokens, position});
       position += tokens;
     }
   }

@@ -68,9 +68,10 @@ Status check_select_input(const SelectInput& input) {
     if (chunk.chunk_start < 0 || chunk.chunk_tokens < 0 ||
         std::int64_t{chunk.chunk_start} + chunk.chunk_tokens + input.page_tokens >
             std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument(fmt::format("select: chunk {} has {} tokens from position {}; allowed: neither negative, "
-                                          "context and a page below 2^31 tokens",
-                                          b, chunk.chunk_tokens, chunk.chunk_start));
+      return invalid_argument(
+          fmt::format("select: chunk {} has {} tokens from position {}; allowed: neither negative, "
+                      "context and a page below 2^31 tokens",
+                      b, chunk.chunk_tokens, chunk.chunk_start));
     }
     if (chunk.chunk_tokens == 0) continue;
     if (chunk.q_begin < 0 || std::int64_t{chunk.q_begin} + chunk.chunk_tokens > input.q.tokens) {

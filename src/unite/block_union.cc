@@ -1,7 +1,7 @@
 // Masks -> unions -> page lists, 64 pages a word (method.md 5.1, 5.2 mode `paper`, 5.5, forced pages of section 4).
 //
-// Two parallel passes over units with one prefix sum between them: OR the member rows and count, then emit each list into
-// its own region. Integer work throughout: any number of threads gives the same lists.
+// Two parallel passes over units with one prefix sum between them: OR the member rows and count, then emit each list
+// into its own region. Integer work throughout: any number of threads gives the same lists.
 #include "compact/block_union.h"
 
 #include <fmt/format.h>
@@ -18,9 +18,9 @@ std::int32_t divide_up(std::int32_t value, std::int32_t step) { return value / s
 
 // Resolved and checked form of UnionInput.
 struct Shape {
-  std::int32_t group = 1;              // G
+  std::int32_t group = 1;  // G
   std::int32_t heads_per_unit = 1;
-  std::int32_t units_per_chunk = 0;    // KV heads x sub-groups
+  std::int32_t units_per_chunk = 0;  // KV heads x sub-groups
 };
 
 Result<Shape> check_union_input(const UnionInput& input) {
@@ -49,10 +49,10 @@ Result<Shape> check_union_input(const UnionInput& input) {
     if (chunk.q_begin < 0 || chunk.chunk_start < 0 || chunk.chunk_tokens < 0 ||
         std::int64_t{chunk.chunk_start} + chunk.chunk_tokens + input.page_tokens >
             std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument(
-          fmt::format("unite: chunk {} has {} tokens from position {}, first row {}; allowed: none negative, context and "
-                      "a page below 2^31 tokens",
-                      b, chunk.chunk_tokens, chunk.chunk_start, chunk.q_begin));
+      return invalid_argument(fmt::format(
+          "unite: chunk {} has {} tokens from position {}, first row {}; allowed: none negative, context and "
+          "a page below 2^31 tokens",
+          b, chunk.chunk_tokens, chunk.chunk_start, chunk.q_begin));
     }
     if (chunk.chunk_tokens == 0) continue;
     if (chunk.page_table == nullptr) return invalid_argument(fmt::format("unite: chunk {} has no page table", b));
@@ -69,12 +69,13 @@ Result<Shape> check_union_input(const UnionInput& input) {
 // The mask's blocks must cover every chunk exactly, in order, and name past pages only.
 Status check_mask(const UnionInput& input, const BlockMask& mask) {
   if (mask.mask_heads != input.num_q_heads && mask.mask_heads != input.num_kv_heads) {
-    return invalid_argument(fmt::format("unite: the mask has {} heads; allowed: {} (per query head) or {} (per KV head)",
-                                        mask.mask_heads, input.num_q_heads, input.num_kv_heads));
+    return invalid_argument(
+        fmt::format("unite: the mask has {} heads; allowed: {} (per query head) or {} (per KV head)", mask.mask_heads,
+                    input.num_q_heads, input.num_kv_heads));
   }
   const auto num_blocks = static_cast<std::int32_t>(mask.blocks.size());
-  if (mask.words_per_row < 0 || static_cast<std::int64_t>(mask.words.size()) !=
-                                    std::int64_t{mask.mask_heads} * num_blocks * mask.words_per_row) {
+  if (mask.words_per_row < 0 ||
+      static_cast<std::int64_t>(mask.words.size()) != std::int64_t{mask.mask_heads} * num_blocks * mask.words_per_row) {
     return invalid_argument(fmt::format("unite: the mask has {} words; expected {} heads x {} blocks x {} words",
                                         mask.words.size(), mask.mask_heads, num_blocks, mask.words_per_row));
   }
@@ -104,8 +105,8 @@ Status check_mask(const UnionInput& input, const BlockMask& mask) {
       for (std::int32_t head = 0; head < mask.mask_heads; ++head) {
         if (any_bit_from(mask.row(head, i), mask.words_per_row, past_pages)) {
           return invalid_argument(fmt::format(
-              "unite: mask row (head {}, query block {}) names a page that is not past; chunk {} has {} past pages", head,
-              i, b, past_pages));
+              "unite: mask row (head {}, query block {}) names a page that is not past; chunk {} has {} past pages",
+              head, i, b, past_pages));
         }
       }
       done += block.tokens;
@@ -131,10 +132,10 @@ void add_forced_pages(const UnionInput& input, const QueryBlock& block, std::int
 
 struct ChunkPlan {
   std::int32_t chunk = 0;
-  std::int32_t first_block = 0;   // in mask.blocks
+  std::int32_t first_block = 0;  // in mask.blocks
   std::int32_t num_blocks = 0;
-  std::int32_t past_pages = 0;    // Np
-  std::int32_t num_pages = 0;     // Kb
+  std::int32_t past_pages = 0;  // Np
+  std::int32_t num_pages = 0;   // Kb
 };
 
 AttentionUnit make_unit(const ChunkView& chunk, const Shape& shape, std::int32_t sub_group, std::int32_t page_tokens,
@@ -180,7 +181,7 @@ Status build_page_lists(const UnionInput& input, const BlockMask& mask, PageList
 
   const std::int64_t num_units = static_cast<std::int64_t>(plans.size()) * shape.units_per_chunk;
   const auto words_per_row = static_cast<std::size_t>(mask.words_per_row);
-  std::vector<std::uint64_t> unions(static_cast<std::size_t>(num_units) * words_per_row);                       // [U, words]
+  std::vector<std::uint64_t> unions(static_cast<std::size_t>(num_units) * words_per_row);           // [U, words]
   std::vector<std::uint64_t> forced(static_cast<std::size_t>(pool.num_threads()) * words_per_row);  // [threads, words]
   std::vector<std::int32_t> listed(static_cast<std::size_t>(num_units));                            // [U] past pages
   std::vector<std::int64_t> wanted(static_cast<std::size_t>(num_units));                            // [U] row pages
@@ -226,13 +227,14 @@ Status build_page_lists(const UnionInput& input, const BlockMask& mask, PageList
     const ChunkPlan& plan = plans[static_cast<std::size_t>(u / shape.units_per_chunk)];
     const ChunkView& chunk = input.chunks[static_cast<std::size_t>(plan.chunk)];
     const std::int32_t past_pages = listed[static_cast<std::size_t>(u)];
-    AttentionUnit unit = make_unit(chunk, shape, static_cast<std::int32_t>(u % shape.units_per_chunk), input.page_tokens,
-                                   past_pages);
+    AttentionUnit unit =
+        make_unit(chunk, shape, static_cast<std::int32_t>(u % shape.units_per_chunk), input.page_tokens, past_pages);
     unit.list_begin = static_cast<std::int32_t>(entries);
     lists.units.push_back(unit);
     entries += past_pages + (plan.num_pages - plan.past_pages);
     if (entries > std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument("unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
+      return invalid_argument(
+          "unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
     }
     const std::int64_t rows = std::int64_t{chunk.chunk_tokens} * shape.heads_per_unit;
     lists.chunk_stats[static_cast<std::size_t>(plan.chunk)].add(
@@ -269,7 +271,8 @@ Status build_dense_lists(const UnionInput& input, PageLists& lists) {
     const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
     const std::int32_t num_pages = chunk.num_pages(input.page_tokens);
     if (static_cast<std::int64_t>(lists.page_ids.size()) + num_pages > std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument("unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
+      return invalid_argument(
+          "unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
     }
     // All heads read every page: one list serves all units of the chunk.
     const auto list_begin = static_cast<std::int32_t>(lists.page_ids.size());

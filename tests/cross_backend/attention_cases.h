@@ -45,15 +45,15 @@ class Random {
 
 struct Shape {
   std::uint32_t seed = 0;
-  std::int32_t num_kv_heads = 1;    // Hkv
-  std::int32_t group = 1;           // G
+  std::int32_t num_kv_heads = 1;  // Hkv
+  std::int32_t group = 1;         // G
   std::int32_t heads_per_unit = 1;
-  std::int32_t head_dim = 64;       // D
-  std::int32_t page_tokens = 16;    // P
+  std::int32_t head_dim = 64;     // D
+  std::int32_t page_tokens = 16;  // P
   DType dtype = DType::kF32;
-  bool token_major = false;         // NHD
+  bool token_major = false;  // NHD
   bool same_keys = false;
-  float q_factor = 1;               // 80 makes |s q.k| reach about 80
+  float q_factor = 1;                // 80 makes |s q.k| reach about 80
   std::vector<std::int32_t> starts;  // [B]  S of each request
   std::vector<std::int32_t> chunks;  // [B]  C of each request
 
@@ -88,7 +88,8 @@ inline Shape random_shape(std::uint32_t seed) {
   return s;
 }
 
-/// Tensors and lists of a shape. Everything that no visible token owns is NaN: spare pages, tail rows, gaps between rows.
+/// Tensors and lists of a shape. Everything that no visible token owns is NaN: spare pages, tail rows, gaps between
+/// rows.
 struct Problem {
   Shape shape;
   std::vector<float> q, o, lse;
@@ -108,7 +109,10 @@ struct Problem {
     Random random(s.seed ^ 0x9e3779b9U);
     const std::int32_t num_pages = make_page_tables(random);
     PagedKvView& kv = input.kv;
-    kv = {.dtype = s.dtype, .num_pages = num_pages, .num_kv_heads = s.num_kv_heads, .page_tokens = s.page_tokens,
+    kv = {.dtype = s.dtype,
+          .num_pages = num_pages,
+          .num_kv_heads = s.num_kv_heads,
+          .page_tokens = s.page_tokens,
           .head_dim = s.head_dim};
     const std::int64_t row = s.head_dim + (random.chance(0.3) ? 3 : 0);
     kv.token_stride = s.token_major ? row * s.num_kv_heads : row;
@@ -128,7 +132,8 @@ struct Problem {
     std::fill(lse.begin(), lse.end(), kUntouched);
   }
   [[nodiscard]] std::int32_t num_q_heads() const { return shape.num_kv_heads * shape.group; }
-  [[nodiscard]] const float* row_at(const std::vector<float>& cache, std::int32_t b, std::int32_t x, std::int32_t g) const {
+  [[nodiscard]] const float* row_at(const std::vector<float>& cache, std::int32_t b, std::int32_t x,
+                                    std::int32_t g) const {
     const auto page = page_table[static_cast<std::size_t>(b)][static_cast<std::size_t>(x / shape.page_tokens)];
     return cache.data() + input.kv.offset(page, x % shape.page_tokens, g);
   }
@@ -138,8 +143,8 @@ struct Problem {
     std::int32_t used = 0;
     page_table.resize(shape.starts.size());
     for (std::size_t b = 0; b < shape.starts.size(); ++b) {
-      page_table[b].resize(static_cast<std::size_t>((shape.starts[b] + shape.chunks[b] + shape.page_tokens - 1) /
-                                                    shape.page_tokens));
+      page_table[b].resize(
+          static_cast<std::size_t>((shape.starts[b] + shape.chunks[b] + shape.page_tokens - 1) / shape.page_tokens));
       used += static_cast<std::int32_t>(page_table[b].size());
     }
     const std::int32_t num_pages = used + 3;
@@ -192,7 +197,10 @@ struct Problem {
         std::int32_t done = 0;
         do {
           const std::int32_t span = random.chance(0.6) ? chunk - done : std::min(chunk - done, random.between(1, 40));
-          AttentionUnit unit{.q_begin = q_begin + done, .q_len = span, .q_head = head, .kv_head = head / shape.group,
+          AttentionUnit unit{.q_begin = q_begin + done,
+                             .q_len = span,
+                             .q_head = head,
+                             .kv_head = head / shape.group,
                              .list_begin = static_cast<std::int32_t>(page_ids.size())};
           std::vector<std::int32_t> pages;
           for (std::int32_t j = 0; j < past_pages; ++j) {
@@ -201,7 +209,8 @@ struct Problem {
           unit.past_tokens = static_cast<std::int32_t>(pages.size()) * shape.page_tokens + start % shape.page_tokens;
           unit.list_tokens = unit.past_tokens + chunk;
           unit.causal_shift = done;
-          for (std::int32_t j = past_pages; j < static_cast<std::int32_t>(page_table[b].size()); ++j) pages.push_back(j);
+          for (std::int32_t j = past_pages; j < static_cast<std::int32_t>(page_table[b].size()); ++j)
+            pages.push_back(j);
           for (const std::int32_t j : pages) page_ids.push_back(page_table[b][static_cast<std::size_t>(j)]);
           units.push_back(unit);
           logical.push_back(pages);

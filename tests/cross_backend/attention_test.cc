@@ -1,5 +1,5 @@
-// attend_reference against sets of visible tokens (O1), attend_cpu against attend_reference on every instruction set that
-// this machine has, and the errors of bad input.
+// attend_reference against sets of visible tokens (O1), attend_cpu against attend_reference on every instruction set
+// that this machine has, and the errors of bad input.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -63,7 +63,8 @@ double largest_error(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 // Every value within `bound`; equal where infinite or untouched. Names the first wrong coordinate.
-void expect_close(const std::vector<float>& seen, const std::vector<float>& wanted, double bound, const std::string& what) {
+void expect_close(const std::vector<float>& seen, const std::vector<float>& wanted, double bound,
+                  const std::string& what) {
   ASSERT_EQ(seen.size(), wanted.size());
   for (std::size_t i = 0; i < seen.size(); ++i) {
     if (seen[i] == wanted[i]) continue;
@@ -93,7 +94,8 @@ TEST(AttentionReference, EqualsSetsOfVisibleTokens) {
     std::vector<float> o, lse;
     attend_by_sets<double>(problem, o, lse);
     ASSERT_TRUE(attend_reference(problem.input, problem.output).ok());
-    // Both round once from fp64 values that differ in the last bits: one unit in the last place of |o| <= 1, |lse| < 256.
+    // Both round once from fp64 values that differ in the last bits: one unit in the last place of |o| <= 1, |lse| <
+    // 256.
     expect_close(problem.o, o, 2 * kRounding, "o");
     expect_close(problem.lse, lse, 256 * 2 * kRounding, "lse");
     if (HasFailure()) return;
@@ -101,8 +103,8 @@ TEST(AttentionReference, EqualsSetsOfVisibleTokens) {
 }
 
 // Bound, after FlashAttention-3's rule: at most twice the error of a plain fp32 computation of the same problem, plus a
-// floor for problems where that one is lucky. A logit of size A is known to A units of rounding u; weights inherit that as
-// relative error, so |v| <= 1 gives an output error of 2 A u, and products, sums and the exponential a few u more.
+// floor for problems where that one is lucky. A logit of size A is known to A units of rounding u; weights inherit that
+// as relative error, so |v| <= 1 gives an output error of 2 A u, and products, sums and the exponential a few u more.
 void expect_cpu_matches_reference(Problem& problem, ThreadPool& pool) {
   std::vector<float> o32, lse32;
   attend_by_sets<float>(problem, o32, lse32);
@@ -137,14 +139,16 @@ TEST(AttentionCpu, EqualsReferenceOnCorners) {
     SCOPED_TRACE(std::string(why) + ": " + problem.shape.text());
     expect_cpu_matches_reference(problem, pool);
   };
-  check("decode", {.group = 8, .heads_per_unit = 8, .head_dim = 128, .page_tokens = 64, .starts = {777}, .chunks = {1}});
+  check("decode",
+        {.group = 8, .heads_per_unit = 8, .head_dim = 128, .page_tokens = 64, .starts = {777}, .chunks = {1}});
   check("first token", {.group = 4, .heads_per_unit = 4, .starts = {0}, .chunks = {1}});
   check("chunk inside one page", {.page_tokens = 128, .starts = {13}, .chunks = {40}});
   check("diagonal crosses a key block", {.group = 4, .heads_per_unit = 2, .starts = {100}, .chunks = {300}});
   check("no past", {.group = 7, .heads_per_unit = 7, .head_dim = 80, .starts = {0}, .chunks = {130}});
   check("list ends on a page edge", {.page_tokens = 32, .dtype = DType::kBF16, .starts = {64}, .chunks = {64}});
   check("zero-length requests", {.starts = {0, 40, 0}, .chunks = {0, 0, 0}});
-  check("large logits", {.group = 4, .heads_per_unit = 4, .head_dim = 128, .q_factor = 80, .starts = {300}, .chunks = {70}});
+  check("large logits",
+        {.group = 4, .heads_per_unit = 4, .head_dim = 128, .q_factor = 80, .starts = {300}, .chunks = {70}});
   check("identical keys", {.head_dim = 256, .same_keys = true, .starts = {300}, .chunks = {70}});
 }
 
@@ -155,8 +159,8 @@ TEST(AttentionCpu, EmptyList) {
   ThreadPool pool(1);
   const auto run = [&](bool reference) {
     problem.clear_output();
-    const Status status = reference ? attend_reference(problem.input, problem.output)
-                                    : attend_cpu(problem.input, problem.output, pool);
+    const Status status =
+        reference ? attend_reference(problem.input, problem.output) : attend_cpu(problem.input, problem.output, pool);
     ASSERT_TRUE(status.ok()) << status.message();
     for (std::int32_t i = 0; i < problem.units[0].q_len; ++i) {
       const std::int32_t token = problem.units[0].q_begin + i;
@@ -222,7 +226,11 @@ TEST(AttentionCpu, PageOffsetsPast2To31) {
   void* region = mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (region == MAP_FAILED) GTEST_SKIP() << "cannot reserve " << 2 * kBytes << " bytes of address space";
 
-  Problem problem({.seed = 5, .head_dim = kHeadDim, .page_tokens = kTokens, .dtype = DType::kBF16, .starts = {0},
+  Problem problem({.seed = 5,
+                   .head_dim = kHeadDim,
+                   .page_tokens = kTokens,
+                   .dtype = DType::kBF16,
+                   .starts = {0},
                    .chunks = {2 * kTokens}});  // two pages used, three spare
   PagedKvView& kv = problem.input.kv;
   ASSERT_EQ(kv.num_pages, kPages);
@@ -231,7 +239,8 @@ TEST(AttentionCpu, PageOffsetsPast2To31) {
   problem.page_ids = {2, 4};
   for (std::int32_t x = 0; x < 2 * kTokens; ++x) {
     const auto from = static_cast<std::size_t>(problem.row_at(problem.k, 0, x, 0) - problem.k.data());
-    const std::int64_t to = problem.page_ids[static_cast<std::size_t>(x / kTokens)] * kPageStride + x % kTokens * kHeadDim;
+    const std::int64_t to =
+        problem.page_ids[static_cast<std::size_t>(x / kTokens)] * kPageStride + x % kTokens * kHeadDim;
     std::copy_n(problem.k16.begin() + static_cast<std::ptrdiff_t>(from), kHeadDim, k + to);
     std::copy_n(problem.v16.begin() + static_cast<std::ptrdiff_t>(from), kHeadDim, v + to);
   }
@@ -315,12 +324,14 @@ TEST(AttentionValidate, EachBadInputHasItsError) {
     problem.units[2].kv_head = 1;  // its own group: heads 4 to 7
     problem.units[2].q_head = 4;
     mistake.make(problem);
-    for (const Status& status : {attend_reference(problem.input, problem.output),
-                                 attend_cpu(problem.input, problem.output, pool)}) {
+    for (const Status& status :
+         {attend_reference(problem.input, problem.output), attend_cpu(problem.input, problem.output, pool)}) {
       EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << mistake.text;
-      EXPECT_NE(status.message().find(mistake.text), std::string::npos) << mistake.text << " not in: " << status.message();
+      EXPECT_NE(status.message().find(mistake.text), std::string::npos)
+          << mistake.text << " not in: " << status.message();
     }
-    EXPECT_TRUE(std::all_of(problem.o.begin(), problem.o.end(), [](float x) { return x == kUntouched; })) << mistake.text;
+    EXPECT_TRUE(std::all_of(problem.o.begin(), problem.o.end(), [](float x) { return x == kUntouched; }))
+        << mistake.text;
   }
 }
 

@@ -1,4 +1,6 @@
 // The CPU form of the mean-key rule against its reference, on every instruction set that this machine runs.
+#include "src/select/mean_key.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "hwy/targets.h"
-#include "src/select/mean_key.h"
 #include "tests/unit/select_step.h"
 
 namespace compact {
@@ -49,7 +50,9 @@ struct Case {
 std::vector<Case> cases() {
   std::vector<Case> all;
   std::mt19937_64 engine(5);
-  const auto below = [&](std::int32_t end) { return static_cast<std::int32_t>(engine() % static_cast<std::uint64_t>(end)); };
+  const auto below = [&](std::int32_t end) {
+    return static_cast<std::int32_t>(engine() % static_cast<std::uint64_t>(end));
+  };
   for (const std::int32_t group : {1, 2, 4, 7, 8}) {
     for (const std::int32_t head_dim : {8, 80, 128}) {
       for (const char* preset : {"mean-key", "compact", "flashprefill-v1", "flashprefill-v2"}) {

@@ -1,5 +1,5 @@
-// libFuzzer entry: bytes become a step (shapes, chunks, page tables, mask), right or wrong. A step that is accepted must give
-// the lists of the naive form; one that is refused must say why. Aborts on a mismatch.
+// libFuzzer entry: bytes become a step (shapes, chunks, page tables, mask), right or wrong. A step that is accepted
+// must give the lists of the naive form; one that is refused must say why. Aborts on a mismatch.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -54,7 +54,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     chunk.chunk_start = bytes.below(2000);
     row += chunk.chunk_tokens;
     const std::int32_t pages = input.page_tokens == 0 ? 0 : chunk.num_pages(input.page_tokens);
-    for (std::int32_t j = 0; j < pages; ++j) tables[b].push_back(bytes.next() % 32 == 31 ? bytes.next() : bytes.next() / 16);
+    for (std::int32_t j = 0; j < pages; ++j)
+      tables[b].push_back(bytes.next() % 32 == 31 ? bytes.next() : bytes.next() / 16);
     chunk.page_table = tables[b].data();
   }
   input.chunks = chunks;

@@ -37,7 +37,8 @@ namespace compact::testing {
   for (std::size_t b = 0; b < input.chunks.size(); ++b) {
     const ChunkView& chunk = input.chunks[b];
     UnionStats stats;
-    for (std::int32_t q_head = 0; chunk.chunk_tokens > 0 && q_head < input.num_q_heads; q_head += lists.heads_per_unit) {
+    for (std::int32_t q_head = 0; chunk.chunk_tokens > 0 && q_head < input.num_q_heads;
+         q_head += lists.heads_per_unit) {
       std::set<std::int32_t> pages;
       for (std::size_t i = 0; i < mask.blocks.size(); ++i) {
         if (mask.blocks[i].chunk != static_cast<std::int32_t>(b)) continue;
@@ -54,8 +55,8 @@ namespace compact::testing {
       }
       const auto past = static_cast<std::int32_t>(pages.size());
       stats.listed_row_pages += std::int64_t{chunk.chunk_tokens} * lists.heads_per_unit * past;
-      stats.visible_row_pages += std::int64_t{chunk.chunk_tokens} * lists.heads_per_unit *
-                                 chunk.num_past_pages(input.page_tokens);
+      stats.visible_row_pages +=
+          std::int64_t{chunk.chunk_tokens} * lists.heads_per_unit * chunk.num_past_pages(input.page_tokens);
       for (std::int32_t j = chunk.num_past_pages(input.page_tokens); j < chunk.num_pages(input.page_tokens); ++j) {
         pages.insert(j);
       }
@@ -92,7 +93,8 @@ namespace compact::testing {
     }
   }
   if (u != lists.units.size()) return "too many units";
-  if (entries != static_cast<std::int64_t>(lists.page_ids.size()) || lists.logical_pages.size() != lists.page_ids.size()) {
+  if (entries != static_cast<std::int64_t>(lists.page_ids.size()) ||
+      lists.logical_pages.size() != lists.page_ids.size()) {
     return "too many list entries";
   }
   return "";

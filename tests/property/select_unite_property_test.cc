@@ -22,7 +22,9 @@ using testing::StepSpec;
 class Random {
  public:
   explicit Random(std::uint64_t seed) : engine_(seed) {}
-  std::int32_t below(std::int32_t end) { return static_cast<std::int32_t>(engine_() % static_cast<std::uint64_t>(end)); }
+  std::int32_t below(std::int32_t end) {
+    return static_cast<std::int32_t>(engine_() % static_cast<std::uint64_t>(end));
+  }
   template <class T>
   T pick(std::initializer_list<T> values) {
     return *(values.begin() + below(static_cast<std::int32_t>(values.size())));
@@ -62,7 +64,7 @@ UnionCase random_union_case(Random& random) {
     for (std::int32_t j = 0; j < (past + tokens + c.input.page_tokens - 1) / c.input.page_tokens; ++j) {
       c.tables.back().push_back(random.below(300));
     }
-    c.chunks.push_back({row, tokens, past, nullptr, false});
+    c.chunks.push_back({row, tokens, past, nullptr});
     row += tokens + random.below(3);
   }
   for (std::size_t b = 0; b < c.chunks.size(); ++b) c.chunks[b].page_table = c.tables[b].data();
@@ -99,7 +101,8 @@ TEST(UnionProperty, TenThousandStepsEqualTheNaiveForm) {
     ASSERT_EQ(difference_to_naive(c.input, c.mask, lists), "") << "seed " << seed;
     for (std::size_t u = 0; u < lists.units.size(); ++u) {
       const std::vector<std::int32_t> list = list_of(lists, u, c.input.page_tokens);
-      ASSERT_TRUE(std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end()) << "seed " << seed;
+      ASSERT_TRUE(std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end())
+          << "seed " << seed;
     }
     for (const UnionStats& stats : lists.chunk_stats) {
       ASSERT_GE(stats.union_inflation(), 1.0) << "seed " << seed;
@@ -227,8 +230,8 @@ struct TileRow {
   std::vector<std::int32_t> pages;
 };
 
-std::vector<TileRow> rows_in_chunking(const StepSpec& base, std::int32_t start, std::int32_t end, std::int32_t chunk_tokens,
-                                      const MeanKeyOptions& options) {
+std::vector<TileRow> rows_in_chunking(const StepSpec& base, std::int32_t start, std::int32_t end,
+                                      std::int32_t chunk_tokens, const MeanKeyOptions& options) {
   std::vector<TileRow> rows;
   for (std::int32_t s = start; s < end;) {
     const std::int32_t tokens = std::min(chunk_tokens - s % chunk_tokens, end - s);
@@ -313,8 +316,8 @@ TEST(MeanKeyProperty, RaggedChunksEqualTheReferenceAndTheNaiveUnion) {
   }
 }
 
-// I10: physical order and neighbours in the batch change nothing. Spare pages, spare rows and the means of incomplete pages
-// are NaN in every step of these tests.
+// I10: physical order and neighbours in the batch change nothing. Spare pages, spare rows and the means of incomplete
+// pages are NaN in every step of these tests.
 TEST(MeanKeyProperty, PhysicalPagesAndTheRestOfTheBatchChangeNothing) {
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
     Random random(seed);

@@ -29,7 +29,7 @@ class Union : public ::testing::Test {
   void chunk(std::int32_t start, std::int32_t tokens) {
     std::int32_t row = 0;
     for (const ChunkView& before : chunks_) row += before.chunk_tokens;
-    chunks_.push_back({row, tokens, start, table_.data(), false});
+    chunks_.push_back({row, tokens, start, table_.data()});
     input_.chunks = chunks_;
   }
   void mask(std::int32_t heads, std::int32_t block_tokens = 16) {
@@ -228,7 +228,8 @@ TEST_F(Union, BadShapesAreNamed) {
   expect([](UnionInput& in) { in.page_tokens = 0; }, "page_tokens is 0");
   expect([](UnionInput& in) { in.forced.sink_tokens = -1; }, "-1 sink and 0 window tokens");
   expect([](UnionInput& in) { in.forced.window_tokens = -1; }, "0 sink and -1 window tokens");
-  expect([](UnionInput& in) { in.heads_per_unit = 3; }, "heads_per_unit is 3; allowed: 0 (default) or a divisor of G = 2");
+  expect([](UnionInput& in) { in.heads_per_unit = 3; },
+         "heads_per_unit is 3; allowed: 0 (default) or a divisor of G = 2");
   expect([](UnionInput& in) { in.heads_per_unit = -1; }, "heads_per_unit is -1");
   expect([](UnionInput& in) { in.num_physical_pages = 97; }, "chunk 0: page table entry 0 is 100; allowed: 0..96");
   table_[5] = -1;
@@ -249,11 +250,14 @@ TEST_F(Union, MaskThatDoesNotFitIsNamed) {
     spoil(mask_);
     EXPECT_THAT(error(), HasSubstr(message));
   };
-  expect([](BlockMask& m) { m.mask_heads = 3; }, "the mask has 3 heads; allowed: 4 (per query head) or 2 (per KV head)");
+  expect([](BlockMask& m) { m.mask_heads = 3; },
+         "the mask has 3 heads; allowed: 4 (per query head) or 2 (per KV head)");
   expect([](BlockMask& m) { m.words.pop_back(); }, "the mask has 11 words");
-  expect([](BlockMask& m) { m.words_per_row = 0, m.words.clear(); }, "mask rows have 0 words; chunk 0 has 4 past pages");
+  expect([](BlockMask& m) { m.words_per_row = 0, m.words.clear(); },
+         "mask rows have 0 words; chunk 0 has 4 past pages");
   expect([](BlockMask& m) { m.blocks.pop_back(), m.words.resize(8); }, "end before chunk 1, position 64");
-  expect([](BlockMask& m) { m.blocks.push_back(m.blocks[0]), m.words.resize(16); }, "has 4 query blocks; the chunks have 3");
+  expect([](BlockMask& m) { m.blocks.push_back(m.blocks[0]), m.words.resize(16); },
+         "has 4 query blocks; the chunks have 3");
   expect([](BlockMask& m) { m.blocks[1].first_position = 81; }, "query block 1");
   expect([](BlockMask& m) { m.blocks[1].q_begin = 0; }, "query block 1");
   expect([](BlockMask& m) { m.blocks[1].tokens = 0; }, "query block 1");

@@ -1,12 +1,12 @@
 // 2^x of src/core/fast_exp2-inl.h against std::exp2 in double, for the instruction set that this file is compiled for.
-#include "hwy/highway.h"
-#include "src/core/fast_exp2-inl.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "hwy/highway.h"
+#include "src/core/fast_exp2-inl.h"
 
 namespace compact {
 namespace {

@@ -50,7 +50,7 @@ TEST_P(MeanKeyGoldens, MasksAreEqual) {
   counts.push_back(1);
   std::vector<std::int32_t> table(static_cast<std::size_t>(complete + 1));
   std::iota(table.begin(), table.end(), 0);
-  const ChunkView chunk{0, golden.chunk_tokens, golden.chunk_start, table.data(), false};
+  const ChunkView chunk{0, golden.chunk_tokens, golden.chunk_start, table.data()};
 
   SelectInput input;
   input.chunks = std::span(&chunk, 1);
@@ -71,8 +71,8 @@ TEST_P(MeanKeyGoldens, MasksAreEqual) {
     const std::size_t num_blocks = mask->blocks.size();
     ASSERT_EQ(static_cast<std::size_t>(mask->mask_heads) * num_blocks, golden.rows.size()) << form;
     for (std::size_t row = 0; row < golden.rows.size(); ++row) {
-      const std::uint64_t* words = mask->row(static_cast<std::int32_t>(row / num_blocks),
-                                             static_cast<std::int32_t>(row % num_blocks));
+      const std::uint64_t* words =
+          mask->row(static_cast<std::int32_t>(row / num_blocks), static_cast<std::int32_t>(row % num_blocks));
       ASSERT_EQ(std::vector<std::uint64_t>(words, words + mask->words_per_row), golden.rows[row])
           << form << ", mask head " << row / num_blocks << ", query block " << row % num_blocks;
     }

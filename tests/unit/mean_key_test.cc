@@ -45,19 +45,18 @@ class MeanKey : public ::testing::TestWithParam<Form> {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Forms, MeanKey,
-                         ::testing::Values(Form{"reference",
-                                                [](const SelectInput& input, const MeanKeyOptions& options,
-                                                   BlockMask& mask) {
-                                                  return select_mean_key_reference(input, options, mask);
-                                                }},
-                                           Form{"cpu",
-                                                [](const SelectInput& input, const MeanKeyOptions& options,
-                                                   BlockMask& mask) {
-                                                  ThreadPool pool(2);
-                                                  return select_mean_key_cpu(input, options, mask, pool);
-                                                }}),
-                         [](const ::testing::TestParamInfo<Form>& test) { return std::string(test.param.name); });
+INSTANTIATE_TEST_SUITE_P(
+    Forms, MeanKey,
+    ::testing::Values(Form{"reference",
+                           [](const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask) {
+                             return select_mean_key_reference(input, options, mask);
+                           }},
+                      Form{"cpu",
+                           [](const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask) {
+                             ThreadPool pool(2);
+                             return select_mean_key_cpu(input, options, mask, pool);
+                           }}),
+    [](const ::testing::TestParamInfo<Form>& test) { return std::string(test.param.name); });
 
 // One query head of dimension 1 with q = 1, so that the score of page j is its mean: log of the weight wanted.
 class OneHead {

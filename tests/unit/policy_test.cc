@@ -40,7 +40,7 @@ TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(0, 4, 10, 128), 0); }
 TEST(CrossoverBefore, FirstChunkThenShortContext) {
   const CrossoverPolicy policy{.min_context_tokens = 2048};
   const auto decide = [&](std::int32_t start, std::int32_t tokens) {
-    return crossover_before_selection(policy, {0, tokens, start, nullptr, false}, 128);
+    return crossover_before_selection(policy, {0, tokens, start, nullptr}, 128);
   };
   EXPECT_EQ(decide(0, 4096), DenseReason::kFirstChunk);
   EXPECT_EQ(decide(127, 4096), DenseReason::kFirstChunk);  // no complete page
@@ -51,7 +51,8 @@ TEST(CrossoverBefore, FirstChunkThenShortContext) {
 
 TEST(DenseReasonName, NamesAll) {
   std::vector<std::string> names;
-  for (std::int32_t i = 0; i < kNumDenseReasons; ++i) names.emplace_back(dense_reason_name(static_cast<DenseReason>(i)));
+  for (std::int32_t i = 0; i < kNumDenseReasons; ++i)
+    names.emplace_back(dense_reason_name(static_cast<DenseReason>(i)));
   EXPECT_THAT(names, ElementsAre("none", "selector", "first_chunk", "short_context", "high_density"));
   EXPECT_STREQ(dense_reason_name(static_cast<DenseReason>(99)), "unknown");
 }
@@ -64,7 +65,7 @@ class CrossoverAfter : public ::testing::Test {
     std::iota(table_.begin(), table_.end(), 7);
     chunks_.clear();
     for (std::size_t b = 0; b < keep.size(); ++b) {
-      chunks_.push_back({static_cast<std::int32_t>(b) * 128, 128, 12800, table_.data(), false});
+      chunks_.push_back({static_cast<std::int32_t>(b) * 128, 128, 12800, table_.data()});
     }
     input_.chunks = chunks_;
     input_.num_q_heads = 8;

@@ -17,7 +17,7 @@ bool operator==(const QueryBlock& a, const QueryBlock& b) {
 }
 
 ChunkView chunk(std::int32_t q_begin, std::int32_t tokens, std::int32_t start) {
-  return {q_begin, tokens, start, nullptr, false};
+  return {q_begin, tokens, start, nullptr};
 }
 
 MATCHER_P(IsBlock, expected, "") { return arg == expected; }

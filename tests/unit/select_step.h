@@ -76,8 +76,9 @@ class SelectStep {
       for (std::int32_t t = 0; t < chunk.tokens; ++t) fill_query(chunk, row + t, chunk.start + t);
       tables_.emplace_back(next_page, next_page + pages_of(chunk));
       next_page += pages_of(chunk);
-      for (std::int32_t j = 0; j < pages_of(chunk); ++j) fill_page(chunk, j, tables_.back()[static_cast<std::size_t>(j)]);
-      chunks_.push_back({row, chunk.tokens, chunk.start, tables_.back().data(), false});
+      for (std::int32_t j = 0; j < pages_of(chunk); ++j)
+        fill_page(chunk, j, tables_.back()[static_cast<std::size_t>(j)]);
+      chunks_.push_back({row, chunk.tokens, chunk.start, tables_.back().data()});
       row += chunk.tokens;
     }
   }
@@ -134,8 +135,8 @@ class SelectStep {
   void fill_query(const ChunkSpec& chunk, std::int32_t row, std::int32_t position) {
     for (std::int32_t h = 0; h < spec_.q_heads; ++h) {
       for (std::int32_t x = 0; x < spec_.head_dim; ++x) {
-        q_[(static_cast<std::size_t>(row) * heads() + static_cast<std::size_t>(h)) * dim() + static_cast<std::size_t>(x)] =
-            spec_.amplitude * value_of(chunk.stream, 0, position, h, x);
+        q_[(static_cast<std::size_t>(row) * heads() + static_cast<std::size_t>(h)) * dim() +
+           static_cast<std::size_t>(x)] = spec_.amplitude * value_of(chunk.stream, 0, position, h, x);
       }
     }
   }
@@ -163,7 +164,8 @@ class SelectStep {
 };
 
 /// Pages of one mask row, ascending.
-[[nodiscard]] inline std::vector<std::int32_t> pages_of_row(const BlockMask& mask, std::int32_t head, std::int32_t block) {
+[[nodiscard]] inline std::vector<std::int32_t> pages_of_row(const BlockMask& mask, std::int32_t head,
+                                                            std::int32_t block) {
   std::vector<std::int32_t> pages;
   for (std::int32_t j = 0; j < mask.words_per_row * 64; ++j) {
     if ((mask.row(head, block)[j / 64] >> (j % 64)) & 1U) pages.push_back(j);

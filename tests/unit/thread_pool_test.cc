@@ -38,7 +38,8 @@ TEST_P(ThreadPoolTest, ManyTinyLoops) {
   ThreadPool pool(GetParam());
   for (int loop = 0; loop < 2000; ++loop) {
     std::vector<int> seen(3, -1);
-    pool.parallel_for(3, [&seen, loop](std::int64_t item, std::int32_t) { seen[static_cast<std::size_t>(item)] = loop; });
+    pool.parallel_for(3,
+                      [&seen, loop](std::int64_t item, std::int32_t) { seen[static_cast<std::size_t>(item)] = loop; });
     ASSERT_EQ(seen, std::vector<int>(3, loop));
   }
 }

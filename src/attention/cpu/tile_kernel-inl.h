@@ -1,8 +1,8 @@
 // The arithmetic of one tile of rows against one block of keys, for the instruction set being compiled.
 // Included once per instruction set by attention.cc (Highway foreach_target); no other includes inside the namespace.
 //
-// Rows lie in lanes: S^T[key][row], O^T[d][row]. Every step is then a broadcast of one element of K or V times vectors of
-// rows; maximum, exponential and sum are vertical. K and V are read where they lie, one pointer per key.
+// Rows lie in lanes: S^T[key][row], O^T[d][row]. Every step is then a broadcast of one element of K or V times vectors
+// of rows; maximum, exponential and sum are vertical. K and V are read where they lie, one pointer per key.
 #if defined(COMPACT_TILE_KERNEL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef COMPACT_TILE_KERNEL_INL_H_
 #undef COMPACT_TILE_KERNEL_INL_H_
@@ -24,8 +24,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
-// Register block: kVectors vectors of rows x kBroadcasts keys (or values of d). 32 registers hold 3 x 8 accumulators, 3 row
-// vectors and a broadcast; 16 hold 2 x 4 + 2 + 1 (2 x 6 would not divide D). Both give the two FMA ports enough chains.
+// Register block: kVectors vectors of rows x kBroadcasts keys (or values of d). 32 registers hold 3 x 8 accumulators, 3
+// row vectors and a broadcast; 16 hold 2 x 4 + 2 + 1 (2 x 6 would not divide D). Both give the two FMA ports enough
+// chains.
 #if HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON || HWY_TARGET == HWY_PPC8
 constexpr int kVectors = 3;
 constexpr int kBroadcasts = 8;
@@ -135,8 +136,8 @@ HWY_INLINE void mask_scores(DF d, std::int32_t first_key, std::int32_t num_keys,
   }
 }
 
-// Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be multiplied
-// with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN.
+// Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be
+// multiplied with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN.
 template <int kV>
 HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max,
                               float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
@@ -185,17 +186,17 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
 
 // Parts of a tile in scratch; see tile_floats().
 struct Tile {
-  float* qt = nullptr;             // [D, M]  times softmax_scale * log2(e)
-  float* ot = nullptr;             // [D, M]
-  float* row_max = nullptr;        // [M]     in units of log2
-  float* row_sum = nullptr;        // [M]
-  float* rescale = nullptr;        // [M]
-  std::int32_t* limit = nullptr;   // [M]     the row sees list coordinates below it
-  std::int32_t vectors = 0;        // M / lanes, 1 to kVectors
-  std::int32_t rows = 0;           // rows in use, at most M
-  std::int32_t least_limit = 0;    // over the rows in use
+  float* qt = nullptr;            // [D, M]  times softmax_scale * log2(e)
+  float* ot = nullptr;            // [D, M]
+  float* row_max = nullptr;       // [M]     in units of log2
+  float* row_sum = nullptr;       // [M]
+  float* rescale = nullptr;       // [M]
+  std::int32_t* limit = nullptr;  // [M]     the row sees list coordinates below it
+  std::int32_t vectors = 0;       // M / lanes, 1 to kVectors
+  std::int32_t rows = 0;          // rows in use, at most M
+  std::int32_t least_limit = 0;   // over the rows in use
   std::int32_t most_limit = 0;
-  std::int64_t first_row = 0;      // packed
+  std::int64_t first_row = 0;  // packed
 };
 
 // One block of keys for one tile; k_rows is padded to a multiple of kBroadcasts with valid pointers.
