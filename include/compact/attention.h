@@ -11,13 +11,14 @@
 
 namespace compact {
 
+/// Units must not share rows: each writes its own part of the output, and nobody checks for overlap.
 struct AttentionInput {
-  ConstRows q;                               // [T, Hq, D]  post-RoPE, D a multiple of 8 up to 256
+  ConstRows q;                               // [T, Hq, D]  post-RoPE, D a multiple of 8 up to 256; strides >= D
   PagedKvView kv;                            // one layer
   std::span<const AttentionUnit> units;      // [U]
   std::span<const std::int32_t> page_ids;    // [num_list_pages]
   std::int32_t heads_per_unit = 1;
-  float softmax_scale = 0;                   // s
+  float softmax_scale = 0;                   // s, above 0
 };
 
 struct AttentionOutput {

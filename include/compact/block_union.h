@@ -24,7 +24,7 @@ struct AttentionUnit {
   std::int32_t q_head = 0;         // first query head of the unit; it has PageLists::heads_per_unit heads
   std::int32_t kv_head = 0;
   std::int32_t list_begin = 0;     // first entry in page_ids; several units may share a list
-  std::int32_t list_tokens = 0;    // tokens covered by the list: past part + chunk part
+  std::int32_t list_tokens = 0;    // tokens covered by the list: past part + chunk part; 0: o = 0, lse = -inf
   std::int32_t past_tokens = 0;    // tokens of the list before the chunk, visible to every query of the unit
   std::int32_t causal_shift = 0;   // chunk position of the unit's first query
 };
@@ -75,8 +75,8 @@ struct UnionInput {
   std::int32_t heads_per_unit = 0;         // 0: default_heads_per_unit(G)
 };
 
-/// All heads of a KV head share a list up to G = 4; above, sub-groups of the largest divisor of G that is at most 4, unless
-/// G is prime (then all G share: one list per query head would give up the method).
+/// All heads of a KV head share a list up to G = 4; above, sub-groups of the largest divisor of G in 2..4. Without one
+/// (G = 5, 7, 25) all G share: a list per query head would give up the method.
 [[nodiscard]] std::int32_t default_heads_per_unit(std::int32_t group) noexcept;
 
 /// Mode `paper`: one list per (chunk, KV head or sub-group): the OR of the mask rows of every query block and head, forced

@@ -36,7 +36,7 @@ struct BlockMask {
   std::int32_t words_per_row = 0;        // ceil(max over chunks of Np / 64)
   std::vector<QueryBlock> blocks;        // [num_blocks]
   std::vector<std::uint64_t> words;      // [mask_heads, num_blocks, words_per_row]
-  std::int64_t nonfinite_rows = 0;       // rows with NaN or +inf scores; they keep all their pages
+  std::int64_t nonfinite_rows = 0;       // rows with NaN or +inf scores, or with -inf only; they keep all their pages
 
   [[nodiscard]] std::uint64_t* row(std::int32_t head, std::int32_t block) noexcept {
     return words.data() + (std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block) * words_per_row;
@@ -81,9 +81,10 @@ struct MeanKeyOptions {
   TileShape tile = TileShape::kPacked;
   PageVisibility visible = PageVisibility::kLast;
   ScoreNorm norm = ScoreNorm::kRow;
-  /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. 0 keeps every page.
+  /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. At most 1; 0 or less keeps every page.
   float share = 0.02F;
-  /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule. Used when >= 0; 0 keeps all.
+  /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile. Used
+  /// when >= 0, at most 1; 0 keeps every page.
   float alpha = -1.0F;
 };
 

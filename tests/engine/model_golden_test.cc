@@ -1,6 +1,7 @@
 // Logits against transformers (tests/golden/make_model_goldens.py), in chunks of several sizes.
 #include <algorithm>
 #include <cmath>
+#include <ostream>
 
 #include "tests/engine/tiny_model.h"
 
@@ -12,6 +13,8 @@ struct GoldenCase {
   std::filesystem::path logits;
   std::vector<std::int32_t> chunk_sizes;
 };
+
+void PrintTo(const GoldenCase& golden, std::ostream* out) { *out << golden.model.filename(); }
 
 class ModelGolden : public testing::TestWithParam<GoldenCase> {};
 

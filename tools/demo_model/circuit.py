@@ -204,17 +204,17 @@ def write(model, tokenizer, seed, noise=0.01):
         print_rows = torch.tensor([r for pair in PRINT_PAIRS for r in rows(pair)])[:, None]
         mix_key, mix_print = orthonormal(len(key_rows), HASH, g), orthonormal(len(print_rows), HASH, g)
         columns = lambda part: torch.arange(part.start, part.stop)[None]
-        # A matching key adds about 100 to the logit, so that a page mean, 128 times weaker, still sees its few tokens;
+        # A matching key adds about 200 to the logit, so that a page mean, 128 times weaker, still sees its few tokens;
         # a matching context adds about 30 and picks the place within the value.
         key = torch.zeros(64, c.hidden_size)
-        key[key_rows, columns(KEY)] = 5.3 * mix_key
+        key[key_rows, columns(KEY)] = 8.0 * mix_key
         key[print_rows, columns(PRINT)] = 8.0 * mix_print
         key[rows(SINK)[0], FIRST] = 1.5
         key[rows(SIDE)[1], KEYED.start] = 3.0
         key[rows(FIRST_VALUE)[0], BEFORE["colon"]] = 1.3
         attention.k_proj.weight[group * 64 : group * 64 + 64] = key
         query = torch.zeros(64, c.hidden_size)
-        query[key_rows, columns(KEY)] = 5.3 * mix_key
+        query[key_rows, columns(KEY)] = 8.0 * mix_key
         # The fingerprint of the next token: turn what is here, itself included, by one step.
         ahead = DECAY * mix_print @ turn
         query[print_rows, columns(PRINT)] = 8.0 * ahead

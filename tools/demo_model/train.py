@@ -29,6 +29,7 @@ STAGES = {
     "cuda": [(0.25, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.2, 32768, 4, 48, 1)],
 }
 RETRIEVAL_LAYER = 2
+FREE = ("model.layers.2.mlp", "model.layers.3", "model.norm")
 PAGES_AT_16K = 128
 PAGE, GRANULE = 128, 32
 
@@ -71,7 +72,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--circuit-rate", type=float, default=0.05, help="learning rate of the written weights, relative")
     parser.add_argument("--max-position", type=int, default=36000)
     parser.add_argument("--save-every", type=float, default=4, help="minutes")
     parser.add_argument("--selector-weight", type=float, default=0.5)
@@ -89,7 +91,11 @@ def main():
     model = Llama(Config(vocab_size=tokenizer.get_vocab_size()))
     circuit.write(model, tokenizer, args.seed)
     model.to(args.device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    # Noise in the written circuit costs accuracy before gradients repair it, so what it occupies moves slowly.
+    free = [p for n, p in model.named_parameters() if n.startswith(FREE)]
+    written = [p for n, p in model.named_parameters() if not n.startswith(FREE)]
+    groups = [{"params": free, "factor": 1.0}, {"params": written, "factor": args.circuit_rate}]
+    optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)
     state_path, step, elapsed = args.work / "state.pt", 0, 0.0
     args.work.mkdir(parents=True, exist_ok=True)
     if state_path.exists():
@@ -113,7 +119,7 @@ def main():
             if progress < passed:
                 break
         for g in optimiser.param_groups:
-            g["lr"] = rate(progress, args.rate)
+            g["lr"] = g["factor"] * rate(progress, args.rate)
         batch = make_batch(generator, tokenizer, tokens, size, questions, args.max_position, rng)
         ids, positions = batch.ids.to(args.device), batch.positions.to(args.device)
         bias = dilution_bias(batch, copies).to(args.device) if copies > 1 else None

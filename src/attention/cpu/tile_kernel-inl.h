@@ -15,11 +15,13 @@
 
 #include "hwy/highway.h"
 #include "src/attention/cpu/item.h"
+#include "src/core/fast_exp2-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace compact::cpu {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
+using compact::HWY_NAMESPACE::fast_exp2;
 
 using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
@@ -34,24 +36,6 @@ constexpr int kBroadcasts = 8;
 constexpr int kVectors = 2;
 constexpr int kBroadcasts = 4;
 #endif
-
-// 2^x for x <= 0: relative error below 1.5e-7, exactly 1 at 0, exactly 0 below -126 and at -inf, NaN at NaN.
-// 2^x = 2^n (1 + c1 f + .. + c6 f^6), n = round(x), |f| <= 1/2; coefficients minimise the relative error with p(0) = 1.
-HWY_INLINE VF exp2(DF d, VF x) {
-  const hn::RebindToSigned<DF> di;
-  const VF shift = hn::Set(d, 12582912.0F);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const VF shifted = hn::Add(hn::Max(hn::Set(d, -126.0F), x), shift);
-  const VF f = hn::Sub(x, hn::Sub(shifted, shift));
-  VF p = hn::Set(d, 1.55946782e-4F);
-  p = hn::MulAdd(p, f, hn::Set(d, 1.34066439e-3F));
-  p = hn::MulAdd(p, f, hn::Set(d, 9.61769297e-3F));
-  p = hn::MulAdd(p, f, hn::Set(d, 5.55031055e-2F));
-  p = hn::MulAdd(p, f, hn::Set(d, 2.40226528e-1F));
-  p = hn::MulAdd(p, f, hn::Set(d, 6.93147215e-1F));
-  p = hn::MulAdd(p, f, hn::Set(d, 1.0F));
-  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, shifted)));
-  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0F)), hn::BitCast(d, scaled));
-}
 
 // scores[key][M] = sum_d k_rows[key][d] * qt[d][M] for kBroadcasts keys; M = kV vectors.
 template <int kV>
@@ -164,8 +148,8 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
     for (key = 0; key + 2 <= num_keys; key += 2) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
       float* HWY_RESTRICT b = a + kV * lanes;
-      const VF weight0 = exp2(d, hn::Sub(hn::Load(d, a), new_max));
-      const VF weight1 = exp2(d, hn::Sub(hn::Load(d, b), new_max));
+      const VF weight0 = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      const VF weight1 = fast_exp2(d, hn::Sub(hn::Load(d, b), new_max));
       hn::Store(weight0, d, a);
       hn::Store(weight1, d, b);
       sum0 = hn::Add(sum0, weight0);
@@ -173,11 +157,11 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
     }
     if (key < num_keys) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
-      const VF weight = exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      const VF weight = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
       hn::Store(weight, d, a);
       sum0 = hn::Add(sum0, weight);
     }
-    const VF scale = exp2(d, hn::Sub(old_max, new_max));
+    const VF scale = fast_exp2(d, hn::Sub(old_max, new_max));
     hn::Store(new_max, d, row_max + v * lanes);
     hn::Store(scale, d, rescale + v * lanes);
     hn::Store(hn::MulAdd(hn::Load(d, row_sum + v * lanes), scale, hn::Add(sum0, sum1)), d, row_sum + v * lanes);
