@@ -12,7 +12,6 @@
 #include "engine/cli/demo_prompt.h"
 #include "engine/cli/files.h"
 #include "engine/cli/generate_flags.h"
-#include "engine/report/page_map_svg.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"
 
@@ -100,16 +99,8 @@ Result<std::int32_t> page_of(const LoadedModel& model, const HaystackPrompt& pro
 
 Status write_picture(const DemoFlags& flags, const GenerateOptions& options, const LoadedModel& model,
                      const HaystackPrompt& prompt, const Answer& compact) {
-  const RunTotals totals = sum_layers(compact.result);
-  PageMapInput picture;
+  PageMapInput picture = run_page_map(compact, options);
   picture.title = "Which KV pages each KV head of each layer read";
-  picture.caption = fmt::format("{} tokens down in chunks of {}, pages of {} across; density {:.3f}, union inflation {:.2f}",
-                                with_thousands(compact.result.prompt_tokens), options.chunk_tokens, options.page_tokens,
-                                totals.stats.density(), totals.stats.union_inflation());
-  picture.prompt_tokens = compact.result.prompt_tokens;
-  picture.chunk_tokens = options.chunk_tokens;
-  picture.page_tokens = options.page_tokens;
-  picture.layers = &compact.result.layers;
   if (!prompt.needle_offsets.empty()) {
     CA_ASSIGN_OR_RETURN(const std::int32_t page,
                         page_of(model, prompt, prompt.needle_offsets.front(), options.page_tokens));

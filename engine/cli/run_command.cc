@@ -9,7 +9,6 @@
 #include "engine/cli/commands.h"
 #include "engine/cli/files.h"
 #include "engine/cli/generate_flags.h"
-#include "engine/report/page_map_svg.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"
 
@@ -25,16 +24,8 @@ struct RunFlags {
 };
 
 Status write_picture(const RunFlags& flags, const GenerateOptions& options, const Answer& answer) {
-  const RunTotals totals = sum_layers(answer.result);
-  PageMapInput picture;
+  PageMapInput picture = run_page_map(answer, options);
   picture.title = fmt::format("KV pages read in prefill: {}, selector {}", flags.model_directory, options.sparsity.selector.name);
-  picture.caption = fmt::format("{} tokens, chunks of {}, pages of {}; density {:.3f}, union inflation {:.2f}",
-                                with_thousands(answer.result.prompt_tokens), options.chunk_tokens, options.page_tokens,
-                                totals.stats.density(), totals.stats.union_inflation());
-  picture.prompt_tokens = answer.result.prompt_tokens;
-  picture.chunk_tokens = options.chunk_tokens;
-  picture.page_tokens = options.page_tokens;
-  picture.layers = &answer.result.layers;
   return write_text_file(flags.svg_file, page_map_svg(picture));
 }
 

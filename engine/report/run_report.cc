@@ -117,6 +117,19 @@ std::string run_table(const Answer& answer, const GenerateOptions& options) {
   return text;
 }
 
+PageMapInput run_page_map(const Answer& answer, const GenerateOptions& options) {
+  const RunTotals totals = sum_layers(answer.result);
+  PageMapInput picture;
+  picture.caption = fmt::format("{} tokens in chunks of {} (down), pages of {} (across); density {:.3f}, union inflation {:.2f}",
+                                with_thousands(answer.result.prompt_tokens), options.chunk_tokens, options.page_tokens,
+                                totals.stats.density(), totals.stats.union_inflation());
+  picture.prompt_tokens = answer.result.prompt_tokens;
+  picture.chunk_tokens = options.chunk_tokens;
+  picture.page_tokens = options.page_tokens;
+  picture.layers = &answer.result.layers;
+  return picture;
+}
+
 std::string with_thousands(std::int64_t value) {
   std::string digits = fmt::format("{}", value);
   for (std::int64_t at = std::ssize(digits) - 3; at > (value < 0 ? 1 : 0); at -= 3) {

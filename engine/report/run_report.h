@@ -4,6 +4,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
+#include "engine/report/page_map_svg.h"
 #include "engine/scheduler/answer.h"
 #include "engine/scheduler/generate.h"
 
@@ -26,6 +27,9 @@ struct RunTotals {
 
 /// The figures for people: one line in all, one per layer.
 [[nodiscard]] std::string run_table(const Answer& answer, const GenerateOptions& options);
+
+/// The picture of a run made with trace_pages; title and marks are the caller's.
+[[nodiscard]] PageMapInput run_page_map(const Answer& answer, const GenerateOptions& options);
 
 /// "16,384".
 [[nodiscard]] std::string with_thousands(std::int64_t value);
