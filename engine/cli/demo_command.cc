@@ -76,7 +76,7 @@ void print_table(const Answer& dense, const Answer& compact, const HaystackPromp
   const auto row = [](const char* name, const std::string& left, const std::string& right, const std::string& note) {
     fmt::print("{:<17}{}{}{}\n", name, column(left, 24), column(right, 24), note);
   };
-  const auto ratio = [](double a, double b) { return b > 0 ? fmt::format("{:.1f}x sooner", a / b) : std::string(); };
+  const auto ratio = [](double a, double b) { return b > 0 ? fmt::format("{:.1f}x faster", a / b) : std::string(); };
   fmt::print("\n");
   row("", "dense", "compact", "");
   row("answer", marked(dense, prompt.expected), marked(compact, prompt.expected), "");
@@ -121,9 +121,12 @@ Status demo(const DemoFlags& flags) {
   dense_options.sparsity.selector.name = "dense";
   compact_options.sparsity.trace_pages = true;
 
-  fmt::print("{} tokens{}\nquestion  {}\n",
-             prompt.num_needles > 0 ? "A long text with facts hidden in it" : "A text of yours",
-             prompt.num_needles > 0 ? fmt::format(" ({} of them)", prompt.num_needles) : "", prompt.question);
+  CA_ASSIGN_OR_RETURN(const auto prompt_tokens, encode_prompt(model, prompt.text));
+  const std::string source = flags.text_file.empty() ? flags.model_directory + "/haystack.txt" : flags.text_file;
+  fmt::print("{:<17}{}, {} tokens{}\n{:<17}{}\n", "text", source, with_thousands(std::ssize(prompt_tokens)),
+             prompt.num_needles > 0 ? fmt::format(", {} facts hidden in them", prompt.num_needles) : "", "question",
+             prompt.question);
+  if (!prompt.expected.empty()) fmt::print("{:<17}{}\n", "expected", prompt.expected);
   CA_ASSIGN_OR_RETURN(const Answer dense, answer_prompt(model, prompt.text, dense_options, {}, pool));
   CA_ASSIGN_OR_RETURN(const Answer compact, answer_prompt(model, prompt.text, compact_options, {}, pool));
   print_table(dense, compact, prompt);
@@ -136,7 +139,7 @@ Status demo(const DemoFlags& flags) {
   }
   if (!flags.svg_file.empty()) {
     CA_RETURN_IF_ERROR(write_picture(flags, compact_options, model, prompt, compact));
-    fmt::print("\npicture          {}\n", flags.svg_file);
+    fmt::print("{:<17}{}\n", "picture", flags.svg_file);
   }
   return {};
 }
