@@ -82,7 +82,7 @@ struct MeanKeyOptions {
   PageVisibility visible = PageVisibility::kLast;
   ScoreNorm norm = ScoreNorm::kRow;
   /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. At most 1; 0 or less keeps every page.
-  float share = 0.02F;
+  float share = 0.03F;
   /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile. Used
   /// when >= 0, at most 1; 0 keeps every page.
   float alpha = -1.0F;

@@ -94,6 +94,23 @@ def recency_weights(theta, reach=26, gap=12):
 
 
 @torch.no_grad()
+def quiet_prose(model):
+    """MLP of layer 1: erases F and what little H the sentence ends leave, wherever the nearest marker is not a key.
+
+    A residue in H is shared by a whole sentence, so it does not average out in a page mean.
+    """
+    mlp = model.model.layers[1].mlp
+    for block, part in enumerate((PRINT, KEY)):
+        for i in range(HASH):
+            neuron = block * HASH + i
+            mlp.gate_proj.weight[neuron].zero_(), mlp.up_proj.weight[neuron].zero_(), mlp.down_proj.weight[:, neuron].zero_()
+            mlp.gate_proj.weight[neuron, CONST] = 1.5
+            mlp.gate_proj.weight[neuron, KEYED] = -3.0              # either side
+            mlp.up_proj.weight[neuron, part.start + i] = 0.1
+            mlp.down_proj.weight[part.start + i, neuron] = -ERASE
+
+
+@torch.no_grad()
 def write(model, tokenizer, seed, noise=0.01):
     c = model.config
     g = torch.Generator().manual_seed(seed)
@@ -187,13 +204,7 @@ def write(model, tokenizer, seed, noise=0.01):
     out.zero_()
     out[KEY, :HASH] = 0.6 * torch.eye(HASH)
     out[KEYED, HASH : HASH + 2] = 0.25 * torch.eye(2)
-    mlp = model.model.layers[1].mlp
-    mlp.gate_proj.weight[:HASH].zero_(), mlp.up_proj.weight[:HASH].zero_(), mlp.down_proj.weight[:, :HASH].zero_()
-    for i in range(HASH):
-        mlp.gate_proj.weight[i, CONST] = 1.5
-        mlp.gate_proj.weight[i, KEYED] = -3.0              # either side
-        mlp.up_proj.weight[i, PRINT.start + i] = 0.1
-        mlp.down_proj.weight[PRINT.start + i, i] = -ERASE
+    quiet_prose(model)
 
     # ---- layer 2
     attention = model.model.layers[2].self_attn

@@ -27,7 +27,7 @@ class Request:
         self.keys = [None] * self.c.num_hidden_layers
         self.values = [None] * self.c.num_hidden_layers
         self.length = 0
-        self.pages_read = self.pages_past = 0
+        # Past pages read and past pages there, per layer, weighted by tokens.
         self.by_layer = [[0, 0] for _ in range(self.c.num_hidden_layers)]
 
     def step(self, ids, tau=None):
@@ -65,9 +65,8 @@ class Request:
     def sparse(self, index, q, k, v, start, tau):
         keep = mean_key.chunk_pages(q, k, start, tau)
         weight = q.shape[1]
-        for counter in (self.by_layer[index],):
-            counter[0] += int(keep.sum()) * weight
-            counter[1] += keep.numel() * weight
+        self.by_layer[index][0] += int(keep.sum()) * weight
+        self.by_layer[index][1] += keep.numel() * weight
         outputs = []
         for head in range(k.shape[0]):
             tokens = keep[head].repeat_interleave(mean_key.PAGE).nonzero().squeeze(1)
@@ -104,8 +103,12 @@ def answer(model, tokenizer, ids, answers, limit, tau=None, eos=1):
     return score, text, request
 
 
+# Tokens to generate: enough for every answer. RULER's own limit is 128 (30 for vt).
+LIMITS = {"niah_multikey_3": 48, "niah_single_3": 48, "vt": 48, "niah_multivalue": 96, "niah_multiquery": 96}
+
+
 def make_prompts(tokenizer, source, task, tokens, count, seed, limit):
-    """Prompts that fill `tokens` (with what is generated) up to one sentence."""
+    """(text, ids, answers) of prompts that fill `tokens` (with what is generated) up to one sentence."""
     generator = Generator(source, seed)
     per_token = {"niah_multikey_3": 1.7, "niah_single_1": 4.6, "vt": 4.6, "niah_multikey_2": 3.2}.get(task, 3.6)
     prompts = []
@@ -117,7 +120,7 @@ def make_prompts(tokenizer, source, task, tokens, count, seed, limit):
             if len(ids) + limit <= tokens:
                 break
             characters = int(characters * 0.97)
-        prompts.append((ids, answers))
+        prompts.append((prompt, ids, answers))
     return prompts
 
 
@@ -143,13 +146,12 @@ def main():
     results = []
     for length in args.lengths:
         for task in args.tasks:
-            # Enough for every answer; RULER's own limit is 128 (30 for vt).
-            limit = {"niah_multikey_3": 48, "niah_single_3": 48, "vt": 48, "niah_multivalue": 96, "niah_multiquery": 96}.get(task, 16)
+            limit = LIMITS.get(task, 16)
             prompts = make_prompts(tokenizer, source, task, length, args.samples, args.seed, limit)
             for tau in ([] if args.no_dense else [None]) + args.tau:
                 began, total, wrong = time.time(), 0.0, 0
                 layers = [[0, 0] for _ in range(model.config.num_hidden_layers)]
-                for ids, answers in prompts:
+                for _, ids, answers in prompts:
                     score, text, request = answer(model, tokenizer, ids, answers, limit, tau)
                     total += score
                     for mine, theirs in zip(layers, request.by_layer):

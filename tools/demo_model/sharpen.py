@@ -19,8 +19,11 @@ def main():
     parser.add_argument("--source", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--factor", type=float, default=1.25, help="of queries and of keys")
+    parser.add_argument("--quiet", action="store_true", help="write circuit.quiet_prose again (checkpoints older than it)")
     args = parser.parse_args()
     model = load(args.source)
+    if args.quiet:
+        circuit.quiet_prose(model)
     attention = model.model.layers[RETRIEVAL_LAYER].self_attn
     pairs = torch.tensor([r for pair in circuit.KEY_PAIRS for r in circuit.rows(pair)])
     with torch.no_grad():

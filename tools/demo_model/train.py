@@ -21,11 +21,11 @@ from tokenizers import Tokenizer
 import circuit
 from batches import dilution_bias, make_batch
 from data import Generator, Source
-from model import Config, Llama, save
+from model import Config, Llama, load, save
 
 # (share of the time, tokens, sequences, questions per sequence, copies of far tokens in the softmax)
 STAGES = {
-    "cpu": [(0.7, 512, 6, 3, 40), (0.3, 2048, 2, 12, 10)],
+    "cpu": [(0.7, 512, 8, 4, 40), (0.3, 2048, 2, 12, 10)],
     "cuda": [(0.25, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.2, 32768, 4, 48, 1)],
 }
 RETRIEVAL_LAYER = 2
@@ -79,6 +79,8 @@ def main():
     parser.add_argument("--selector-weight", type=float, default=0.5)
     parser.add_argument("--prose-weight", type=float, default=0.1)
     parser.add_argument("--hard", type=float, default=0.05, help="share of samples with several answers or variable chains")
+    parser.add_argument("--start", type=pathlib.Path, help="begin with the weights of this checkpoint folder")
+    parser.add_argument("--last-stage", type=int, help="stop the curriculum after this stage")
     parser.add_argument("--first-stage", type=int, default=0)
     args = parser.parse_args()
 
@@ -90,6 +92,8 @@ def main():
     generator = Generator(Source(args.corpus, "train"), args.seed, args.hard)
     model = Llama(Config(vocab_size=tokenizer.get_vocab_size()))
     circuit.write(model, tokenizer, args.seed)
+    if args.start:
+        model.load_state_dict(load(args.start).state_dict())
     model.to(args.device)
     # Noise in the written circuit costs accuracy before gradients repair it, so what it occupies moves slowly.
     free = [p for n, p in model.named_parameters() if n.startswith(FREE)]
@@ -106,7 +110,8 @@ def main():
         generator.rng.seed(args.seed + step)
         print("continuing at step", step, flush=True)
 
-    stages = STAGES["cuda" if args.device.startswith("cuda") else "cpu"][args.first_stage :]
+    stages = STAGES["cuda" if args.device.startswith("cuda") else "cpu"]
+    stages = stages[args.first_stage : args.last_stage]
     total = sum(s[0] for s in stages)
     budget = args.minutes * 60
     last_save = elapsed
