@@ -1,0 +1,123 @@
+"""Runs the recorded benchmarks, stamps them, and writes the tables of README.md and benchmarks/README.md from them.
+
+    python3 tools/record_figures.py run       # on an idle machine, after the dev and release builds
+    python3 tools/record_figures.py tables    # tables again from benchmarks/results/*.json
+
+No figure in those tables is typed by hand. Accuracy comes from tools/demo_model/evaluate_engine.py --json
+benchmarks/results/demo_accuracy.json, which needs its corpus and takes hours, so `run` leaves it alone.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "demo.svg"
+COMMANDS = {
+    "attention_cpu": "build/dev/benchmarks/attention_cpu_bench --threads 2 --json {out}",
+    "demo_16k": "build/release/compact demo --json {out} --svg docs/images/demo.svg",
+}
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def stamp(command: str) -> dict:
+    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    return {"command": command, "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=10"),
+            "date": datetime.date.today().isoformat(), "cpu": cpu.group(1) if cpu else "unknown",
+            "cores": len(os.sched_getaffinity(0)), "compiler": output_of("g++", "--version").splitlines()[0],
+            "load_before": os.getloadavg()[0]}
+
+
+def run() -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    for name, command in COMMANDS.items():
+        out = RESULTS / f"{name}.json"
+        mark = stamp(command.format(out=out.relative_to(ROOT)))
+        print(mark["command"], flush=True)
+        subprocess.run(mark["command"].split(), cwd=ROOT, check=True)
+        figures = json.loads(out.read_text())
+        out.write_text(json.dumps({"stamp": mark, **figures}, indent=1, sort_keys=True) + "\n")
+
+
+def load(name: str):
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def made_by(figures: dict) -> str:
+    mark = figures["stamp"]
+    return f"`{mark['command']}`, {mark['cpu']}, {mark['cores']} cores, {mark['compiler']}, commit {mark['commit']}, {mark['date']}."
+
+
+def demo_table(figures: dict) -> str:
+    dense, compact = figures["dense"], figures["compact"]
+    tick = lambda answer: f"`{answer.strip()}` {'✓' if figures['expected'].lower() in answer.lower() else '✗'}"
+    ratio = lambda key: f"{dense[key] / compact[key]:.1f}x"
+    return "\n".join([
+        "![Which KV pages each KV head of each layer read](docs/images/demo.svg)", "",
+        f"What it printed in the recorded run: {dense['prompt_tokens']:,} tokens, \"{figures['question']}\"", "",
+        "| | dense | compact | |", "|---|---|---|---|",
+        f"| answer (expected `{figures['expected']}`) | {tick(dense['answer'])} | {tick(compact['answer'])} | |",
+        f"| time to first token | {dense['ttft_seconds']:.2f} s | {compact['ttft_seconds']:.2f} s | {ratio('ttft_seconds')} |",
+        f"| attention (select, unite, attend) | {dense['attention_seconds']:.2f} s | {compact['attention_seconds']:.2f} s "
+        f"| {ratio('attention_seconds')} |",
+        f"| past KV pages read (density) | {dense['density']:.1%} | {compact['density']:.1%} | |",
+        f"| union inflation | | {compact['union_inflation']:.2f} | |", "", made_by(figures)])
+
+
+def accuracy_table(rows: list) -> str:
+    lines = ["| task | tokens | samples | dense | mean-key | density | union inflation | attention, dense / mean-key |", "|---|---|---|---|---|---|---|---|"]
+    dense = {(row["task"], row["tokens"]): row for row in rows if row["selector"] == "dense"}
+    for row in rows:
+        if row["selector"] == "dense":
+            continue
+        base = dense[row["task"], row["tokens"]]
+        lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {base['accuracy']:.1f} | {row['accuracy']:.1f} | "
+                     f"{row['density']:.3f} | {row['union_inflation']:.2f} | {base['attention_seconds'] / row['attention_seconds']:.1f}x |")
+    return "\n".join(lines)
+
+
+def attention_table(figures: dict) -> str:
+    sgemm = figures["sgemm"]
+    lines = [f"sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['gflops']:.0f} | {row['gflops_best']:.0f} | {row['share_of_sgemm']:.0%} |" for row in figures["attention"]]
+    return "\n".join([*lines, "", made_by(figures)])
+
+
+def replace_block(path: pathlib.Path, name: str, text: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+
+
+def tables() -> None:
+    demo, attention, accuracy = load("demo_16k"), load("attention_cpu"), load("demo_accuracy")
+    if demo:
+        replace_block(ROOT / "README.md", "demo", demo_table(demo))
+    recorded = []
+    if accuracy:
+        text = accuracy_table(accuracy)
+        replace_block(ROOT / "README.md", "accuracy", text)
+        replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
+        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`", "", text, ""]
+    if attention:
+        recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
+    if demo:
+        recorded += ["## The demo, `demo_16k.json`", "", demo_table(demo).split("\n", 2)[2], ""]
+    replace_block(ROOT / "benchmarks" / "README.md", "results", "\n".join(recorded).rstrip())
+
+
+if __name__ == "__main__":
+    actions = {"run": run, "tables": tables}
+    if len(sys.argv) != 2 or sys.argv[1] not in actions:
+        sys.exit(__doc__)
+    actions[sys.argv[1]]()
