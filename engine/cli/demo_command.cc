@@ -20,8 +20,8 @@ namespace {
 
 struct DemoFlags {
   std::string model_directory = "assets/demo";
-  std::string text_file;     // empty: the checkpoint's own haystack.txt
-  std::string question;      // empty: facts are hidden in the text and one is asked for
+  std::string text_file;  // empty: the checkpoint's own haystack.txt
+  std::string question;   // empty: facts are hidden in the text and one is asked for
   std::string expected;
   std::int32_t tokens = 16640;
   std::uint64_t demo_seed = 42;
@@ -50,7 +50,8 @@ std::string trimmed(std::string text) {
 }
 
 std::string lowercase(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   return text;
 }
 
@@ -152,12 +153,14 @@ CommandBody add_demo_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("demo", "Prefill one long prompt dense and compact, and compare");
   command->add_option("-m,--model", flags->model_directory, "Model directory")->capture_default_str();
   command->add_option("--text", flags->text_file, "Your own text instead of the checkpoint's haystack.txt");
-  command->add_option("--question", flags->question, "Your own question about it; otherwise facts are hidden in the text");
+  command->add_option("--question", flags->question,
+                      "Your own question about it; otherwise facts are hidden in the text");
   command->add_option("--expect", flags->expected, "What a right answer to your question contains");
   command->add_option("--tokens", flags->tokens, "Length of the prompt when facts are hidden")->capture_default_str();
   command->add_option("--demo-seed", flags->demo_seed, "Seed of the hidden facts")->capture_default_str();
   command->add_option("--json", flags->json_file, "Write the figures of both runs to this file");
-  command->add_option("--svg", flags->svg_file, "Where to draw which pages were read; empty: nowhere")->capture_default_str();
+  command->add_option("--svg", flags->svg_file, "Where to draw which pages were read; empty: nowhere")
+      ->capture_default_str();
   flags->generate.add_selector_to(*command);
   flags->generate.add_to(*command);
   return [flags] { return demo(*flags); };

@@ -39,8 +39,9 @@ Status doctor(const DoctorFlags& flags) {
                          {"modes", {"paper"}},
                          {"architectures", {"LlamaForCausalLM", "Qwen3ForCausalLM"}}};
   fmt::print("compact {}\n", CA_VERSION_STRING);
-  fmt::print("backend cpu      yes: {} kernels, {} threads, {:.1f} GB memory ({:.1f} GB free)\n", cpu_attention_target(),
-             pool.num_threads(), memory_gigabytes(_SC_PHYS_PAGES), memory_gigabytes(_SC_AVPHYS_PAGES));
+  fmt::print("backend cpu      yes: {} kernels, {} threads, {:.1f} GB memory ({:.1f} GB free)\n",
+             cpu_attention_target(), pool.num_threads(), memory_gigabytes(_SC_PHYS_PAGES),
+             memory_gigabytes(_SC_AVPHYS_PAGES));
   fmt::print("backend cuda     no: this version has no CUDA backend\n");
   fmt::print("selectors        {}\n", selector_names());
   fmt::print("union modes      paper\n");

@@ -60,7 +60,7 @@ Status write_text_file(const std::filesystem::path& path, std::string_view text)
   std::FILE* file = std::fopen(temporary.c_str(), "wb");
   if (file == nullptr) return failure("write", path);
   const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
-  const bool closed = std::fclose(file) == 0;   // a full disk may show only here
+  const bool closed = std::fclose(file) == 0;  // a full disk may show only here
   if (written && closed && std::rename(temporary.c_str(), path.c_str()) == 0) return {};
   const Status status = failure("write", path);
   std::error_code error;

@@ -13,7 +13,8 @@ namespace compact::engine {
 /// Errors: kIoError with the path and the system's reason.
 [[nodiscard]] Result<std::string> read_text_file(const std::filesystem::path& path);
 
-/// Checks that a result can be written later, so that a long run does not end in a bad path. Creates nothing that stays.
+/// Checks that a result can be written later, so that a long run does not end in a bad path. Creates nothing that
+/// stays.
 [[nodiscard]] Status check_writable(const std::filesystem::path& path);
 
 /// Writes beside the target and renames: the file is there whole or not at all. Errors: kIoError.

@@ -11,31 +11,40 @@ void GenerateFlags::add_selector_to(CLI::App& command) {
 }
 
 void GenerateFlags::add_to(CLI::App& command) {
-  command.add_option("--preset", preset, "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
+  command
+      .add_option("--preset", preset,
+                  "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
       ->capture_default_str();
-  command.add_option("--share", share, "mean-key: keep a page whose share of a tile's attention estimate is at least this");
+  command.add_option("--share", share,
+                     "mean-key: keep a page whose share of a tile's attention estimate is at least this");
   command.add_option("--alpha", alpha, "mean-key: keep a page whose energy is at least this times the largest");
-  command.add_option("--mode", mode, "Union of the pages: paper (one list per chunk and KV head)")->capture_default_str();
+  command.add_option("--mode", mode, "Union of the pages: paper (one list per chunk and KV head)")
+      ->capture_default_str();
   command.add_option("--backend", backend, "Where to compute: cpu")->capture_default_str();
   command.add_option("--chunk", options.chunk_tokens, "Tokens per prefill chunk")->capture_default_str();
-  command.add_option("--page", options.page_tokens, "Tokens per KV page: a power of two, 16 to 256")->capture_default_str();
+  command.add_option("--page", options.page_tokens, "Tokens per KV page: a power of two, 16 to 256")
+      ->capture_default_str();
   command.add_option("--kv-dtype", kv_dtype, "Storage of K and V: f32, bf16")->capture_default_str();
   command.add_option("--kv-pages", options.kv_pages, "Size of the KV cache in pages; 0: as many as the request needs")
       ->capture_default_str();
-  command.add_option("--sink", options.sparsity.forced.sink_tokens, "First tokens that are always read")->capture_default_str();
+  command.add_option("--sink", options.sparsity.forced.sink_tokens, "First tokens that are always read")
+      ->capture_default_str();
   command.add_option("--window", options.sparsity.forced.window_tokens, "Latest tokens that are always read")
       ->capture_default_str();
-  command.add_option("--min-context", options.sparsity.crossover.min_context_tokens,
-                     "Below this context a chunk reads every page, without a selection")
+  command
+      .add_option("--min-context", options.sparsity.crossover.min_context_tokens,
+                  "Below this context a chunk reads every page, without a selection")
       ->capture_default_str();
-  command.add_option("--heads-per-unit", options.sparsity.heads_per_unit,
-                     "Query heads that share a page list; divides the query heads per KV head; 0: default")
+  command
+      .add_option("--heads-per-unit", options.sparsity.heads_per_unit,
+                  "Query heads that share a page list; divides the query heads per KV head; 0: default")
       ->capture_default_str();
   command.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")->capture_default_str();
   command.add_option("--temperature", options.sampling.temperature, "0: greedy")->capture_default_str();
   command.add_option("--top-p", options.sampling.top_p, "Sample from the smallest set of this probability")
       ->capture_default_str();
-  command.add_option("--top-k", options.sampling.top_k, "Sample from this many tokens at most; 0: all")->capture_default_str();
+  command.add_option("--top-k", options.sampling.top_k, "Sample from this many tokens at most; 0: all")
+      ->capture_default_str();
   command.add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
   command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
   command.add_option("--threads", threads, "CPU threads; 0: all this process may use")->capture_default_str();
@@ -75,7 +84,8 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto sampler_check, Sampler::create(resolved.sampling));
   if (resolved.chunk_tokens < 1) {
-    return invalid_argument(fmt::format("--chunk is {}\n  allowed: 1 token or more; 1024 is usual", resolved.chunk_tokens));
+    return invalid_argument(
+        fmt::format("--chunk is {}\n  allowed: 1 token or more; 1024 is usual", resolved.chunk_tokens));
   }
   return resolved;
 }

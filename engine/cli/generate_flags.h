@@ -17,8 +17,8 @@ struct GenerateFlags {
   std::string backend = "cpu";
   std::string kv_dtype = "f32";
   std::string chat = "auto";
-  float share = -1;      // < 0: the preset's
-  float alpha = -1;      // < 0: the preset's
+  float share = -1;  // < 0: the preset's
+  float alpha = -1;  // < 0: the preset's
   std::int32_t threads = 0;
   GenerateOptions options;
 
@@ -26,8 +26,8 @@ struct GenerateFlags {
   void add_to(CLI::App& command);
   void add_selector_to(CLI::App& command);
 
-  /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what is
-  /// allowed; kUnsupported for a mode or backend that this version lacks.
+  /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
+  /// is allowed; kUnsupported for a mode or backend that this version lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
 };
 

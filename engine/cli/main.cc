@@ -26,8 +26,8 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", CA_VERSION_STRING);
   app.require_subcommand(1);
   std::vector<std::pair<CLI::App*, compact::engine::CommandBody>> commands;
-  for (const auto add : {compact::engine::add_run_command, compact::engine::add_demo_command,
-                         compact::engine::add_doctor_command}) {
+  for (const auto add :
+       {compact::engine::add_run_command, compact::engine::add_demo_command, compact::engine::add_doctor_command}) {
     auto body = add(app);
     commands.emplace_back(app.get_subcommands({}).back(), std::move(body));
   }
@@ -41,7 +41,7 @@ int main(int argc, char** argv) {
     }
     return 0;
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;   // --help and --version are "errors" with exit code 0
+    return app.exit(error) == 0 ? 0 : 2;  // --help and --version are "errors" with exit code 0
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "compact: out of memory\n  try: a shorter prompt, a smaller --chunk or --kv-dtype bf16\n");
   } catch (const std::exception& error) {

@@ -25,7 +25,8 @@ struct RunFlags {
 
 Status write_picture(const RunFlags& flags, const GenerateOptions& options, const Answer& answer) {
   PageMapInput picture = run_page_map(answer, options);
-  picture.title = fmt::format("KV pages read in prefill: {}, selector {}", flags.model_directory, options.sparsity.selector.name);
+  picture.title =
+      fmt::format("KV pages read in prefill: {}, selector {}", flags.model_directory, options.sparsity.selector.name);
   return write_text_file(flags.svg_file, page_map_svg(picture));
 }
 
@@ -44,7 +45,8 @@ Status run(const RunFlags& flags) {
   };
   CA_ASSIGN_OR_RETURN(const Answer answer, answer_prompt(model, prompt, options, print_text, pool));
   fmt::print("\n\n{}", run_table(answer, options));
-  if (!flags.json_file.empty()) CA_RETURN_IF_ERROR(write_text_file(flags.json_file, run_json(answer, options).dump(2) + "\n"));
+  if (!flags.json_file.empty())
+    CA_RETURN_IF_ERROR(write_text_file(flags.json_file, run_json(answer, options).dump(2) + "\n"));
   if (!flags.svg_file.empty()) CA_RETURN_IF_ERROR(write_picture(flags, options, answer));
   return {};
 }
@@ -53,8 +55,11 @@ Status run(const RunFlags& flags) {
 
 CommandBody add_run_command(CLI::App& app) {
   const auto flags = std::make_shared<RunFlags>();
-  CLI::App* command = app.add_subcommand("run", "Answer one prompt; print time to first token, density and union inflation");
-  command->add_option("-m,--model", flags->model_directory, "Model directory: config.json, *.safetensors, tokenizer.json")->required();
+  CLI::App* command =
+      app.add_subcommand("run", "Answer one prompt; print time to first token, density and union inflation");
+  command
+      ->add_option("-m,--model", flags->model_directory, "Model directory: config.json, *.safetensors, tokenizer.json")
+      ->required();
   command->add_option("-p,--prompt", flags->prompt_file, "File with the prompt; - for standard input")->required();
   flags->generate.add_selector_to(*command);
   flags->generate.add_to(*command);

@@ -41,9 +41,10 @@ Result<ShardMap> parse_shard_index(std::string_view json, std::string_view file_
   ShardMap shard_of;
   for (const auto& [tensor, shard] : weight_map->items()) {
     if (!shard.is_string() || !is_plain_shard_name(shard.get_ref<const std::string&>())) {
-      return io_error(fmt::format("{}: the shard of tensor {} is {}; allowed: a plain file name that ends in "
-                                  ".safetensors",
-                                  file_name, quote(tensor), shown(shard)));
+      return io_error(
+          fmt::format("{}: the shard of tensor {} is {}; allowed: a plain file name that ends in "
+                      ".safetensors",
+                      file_name, quote(tensor), shown(shard)));
     }
     shard_of.emplace(tensor, shard.get_ref<const std::string&>());
   }
@@ -65,8 +66,8 @@ Result<Checkpoint> Checkpoint::open(const std::filesystem::path& directory) {
     if (!std::filesystem::is_directory(directory, ignored)) {
       return io_error(fmt::format("{}: not a directory; expected a model directory", checkpoint.directory_));
     }
-    return io_error(fmt::format("{}: no checkpoint here; expected {} or {}", checkpoint.directory_, kSingleFile,
-                                kIndexFile));
+    return io_error(
+        fmt::format("{}: no checkpoint here; expected {} or {}", checkpoint.directory_, kSingleFile, kIndexFile));
   }
 
   CA_ASSIGN_OR_RETURN(const MappedFile index, MappedFile::open(directory / kIndexFile));
@@ -88,8 +89,7 @@ Result<Checkpoint> Checkpoint::open(const std::filesystem::path& directory) {
     const std::string promised = (directory / shard).string();
     const auto found = checkpoint.tensors_.find(tensor);
     if (found == checkpoint.tensors_.end()) {
-      return io_error(fmt::format("{}: tensor {} is missing; {} places it there", promised, quote(tensor),
-                                  kIndexFile));
+      return io_error(fmt::format("{}: tensor {} is missing; {} places it there", promised, quote(tensor), kIndexFile));
     }
     const std::string& actual = checkpoint.files_[found->second.file_idx].path();
     if (actual != promised) {

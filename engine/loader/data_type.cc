@@ -64,9 +64,9 @@ std::string data_type_list(const std::vector<DataType>& types) {
 
 const std::vector<DataType>& all_data_types() {
   static const std::vector<DataType> types = {
-      DataType::kBool, DataType::kU8,  DataType::kI8,   DataType::kF8E4M3, DataType::kF8E5M2, DataType::kF8E8M0,
-      DataType::kU16,  DataType::kI16, DataType::kF16,  DataType::kBF16,   DataType::kU32,    DataType::kI32,
-      DataType::kF32,  DataType::kU64, DataType::kI64,  DataType::kF64,
+      DataType::kBool, DataType::kU8,  DataType::kI8,  DataType::kF8E4M3, DataType::kF8E5M2, DataType::kF8E8M0,
+      DataType::kU16,  DataType::kI16, DataType::kF16, DataType::kBF16,   DataType::kU32,    DataType::kI32,
+      DataType::kF32,  DataType::kU64, DataType::kI64, DataType::kF64,
   };
   return types;
 }

@@ -107,8 +107,8 @@ class Section {
     std::vector<std::int32_t> ids;
     const Json* value = find(key);
     if (!value) return ids;
-    const std::string allowed = fmt::format("a token id from 0 to {}, or a list of at most {} of them", vocab_size - 1,
-                                            kMaxEosTokens);
+    const std::string allowed =
+        fmt::format("a token id from 0 to {}, or a list of at most {} of them", vocab_size - 1, kMaxEosTokens);
     if (!value->is_array()) {
       const auto id = to_integer(*value, 0, vocab_size - 1);
       if (!id) return refused(key, *value, allowed);
@@ -119,8 +119,8 @@ class Section {
     for (const Json& element : *value) {
       const auto id = to_integer(element, 0, vocab_size - 1);
       if (!id) {
-        return io_error(fmt::format("{}: {} contains {}; allowed: {}", file_name_, name_of(key), shown(element),
-                                    allowed));
+        return io_error(
+            fmt::format("{}: {} contains {}; allowed: {}", file_name_, name_of(key), shown(element), allowed));
       }
       if (std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
     }
@@ -164,8 +164,8 @@ Result<Architecture> read_architecture(const Section& root) {
   for (const auto& known : kKnownArchitectures) {
     if (name == known.name) return known.architecture;
   }
-  return unsupported(fmt::format("{}: unknown architecture {}; allowed: {}", root.file_name(), quote(name),
-                                 known_architectures()));
+  return unsupported(
+      fmt::format("{}: unknown architecture {}; allowed: {}", root.file_name(), quote(name), known_architectures()));
 }
 
 Result<std::optional<DataType>> read_dtype(const Section& root) {
@@ -196,8 +196,7 @@ Result<RopeScaling> read_rope_scaling(const Section& rope, std::int32_t max_posi
   CA_ASSIGN_OR_RETURN(const std::string* const old_type, rope.text("type", kAllowed));
   if (new_type && old_type && *new_type != *old_type) {
     return io_error(fmt::format("{}: {} {} and {} {} contradict each other", rope.file_name(),
-                                rope.name_of("rope_type"), quote(*new_type), rope.name_of("type"),
-                                quote(*old_type)));
+                                rope.name_of("rope_type"), quote(*new_type), rope.name_of("type"), quote(*old_type)));
   }
   const char* key = new_type ? "rope_type" : "type";
   const std::string type = new_type ? *new_type : old_type ? *old_type : "default";
@@ -220,9 +219,8 @@ Result<RopeScaling> read_rope_scaling(const Section& rope, std::int32_t max_posi
     return rope.refused("high_freq_factor", scaling.high_freq_factor,
                         fmt::format("a number above low_freq_factor, {}", scaling.low_freq_factor));
   }
-  CA_ASSIGN_OR_RETURN(
-      scaling.original_max_position_embeddings,
-      rope.integer("original_max_position_embeddings", 1, kMaxPositions, max_position_embeddings));
+  CA_ASSIGN_OR_RETURN(scaling.original_max_position_embeddings,
+                      rope.integer("original_max_position_embeddings", 1, kMaxPositions, max_position_embeddings));
   return scaling;
 }
 

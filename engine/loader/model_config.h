@@ -52,9 +52,9 @@ struct ModelConfig {
   RopeScaling rope_scaling;
   bool tie_word_embeddings = false;  // the output projection is the embedding table
   bool qk_norm = false;
-  std::optional<DataType> dtype;              // type the weights were saved in, if stated: F32, BF16 or F16
-  std::optional<std::int32_t> bos_token_id;   // in [0, vocab_size)
-  std::vector<std::int32_t> eos_token_ids;    // each ends generation; no duplicates, may be empty
+  std::optional<DataType> dtype;             // type the weights were saved in, if stated: F32, BF16 or F16
+  std::optional<std::int32_t> bos_token_id;  // in [0, vocab_size)
+  std::vector<std::int32_t> eos_token_ids;   // each ends generation; no duplicates, may be empty
 };
 
 /// Reads the text of config.json, of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters,

@@ -155,8 +155,8 @@ class HeaderReader : public nlohmann::json_sax<Json> {
   }
 
   bool unexpected(std::string_view seen) {
-    return fail(fmt::format("{} {} {}; allowed: {}", where(), place_ == Place::kNumbers ? "contains" : "is", seen,
-                            allowed()));
+    return fail(
+        fmt::format("{} {} {}; allowed: {}", where(), place_ == Place::kNumbers ? "contains" : "is", seen, allowed()));
   }
 
   bool fail(std::string_view reason) {
@@ -195,9 +195,10 @@ Status check_entry(const Entry& entry, std::int64_t data_bytes, std::string_view
   };
   if (begin > end) return fail(fmt::format("data_offsets [{}, {}] are not in order", begin, end));
   if (end > data_bytes) {
-    return fail(fmt::format("data_offsets [{}, {}] end outside the data; expected {} bytes of data, seen {} (is the "
-                            "file truncated?)",
-                            begin, end, end, data_bytes));
+    return fail(
+        fmt::format("data_offsets [{}, {}] end outside the data; expected {} bytes of data, seen {} (is the "
+                    "file truncated?)",
+                    begin, end, end, data_bytes));
   }
   const auto expected = tensor_bytes(*entry.shape, data_type_bytes(*entry.dtype));
   if (!expected) {
@@ -225,17 +226,18 @@ Status check_tiling(const std::vector<Entry>& entries, std::int64_t data_bytes, 
     const Entry& entry = *in_order;
     const std::int64_t begin = (*entry.offsets)[0];
     if (begin != covered) {
-      return io_error(fmt::format("{}: tensor {} begins at byte {} of the data, which {} the end of the tensor before "
-                                  "it at byte {}; allowed: no overlap and no gap",
-                                  file_name, quote(entry.name), begin,
-                                  begin < covered ? "overlaps" : "leaves a gap after", covered));
+      return io_error(fmt::format(
+          "{}: tensor {} begins at byte {} of the data, which {} the end of the tensor before "
+          "it at byte {}; allowed: no overlap and no gap",
+          file_name, quote(entry.name), begin, begin < covered ? "overlaps" : "leaves a gap after", covered));
     }
     covered = (*entry.offsets)[1];
   }
   if (covered != data_bytes) {
-    return io_error(fmt::format("{}: the tensors cover {} bytes of data; seen {}; allowed: no bytes after the last "
-                                "tensor",
-                                file_name, covered, data_bytes));
+    return io_error(
+        fmt::format("{}: the tensors cover {} bytes of data; seen {}; allowed: no bytes after the last "
+                    "tensor",
+                    file_name, covered, data_bytes));
   }
   return {};
 }

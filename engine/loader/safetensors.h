@@ -28,7 +28,7 @@ struct TensorInfo {
 
 /// What a file says about itself. Tensors point into the bytes that were parsed.
 struct SafetensorsContents {
-  std::vector<TensorInfo> tensors;                          // ascending by name
+  std::vector<TensorInfo> tensors;                           // ascending by name
   std::map<std::string, std::string, std::less<>> metadata;  // "__metadata__"
 };
 
@@ -39,8 +39,7 @@ class SafetensorsFile {
   [[nodiscard]] static Result<SafetensorsFile> open(const std::filesystem::path& path);
 
   /// The validation itself, on bytes from anywhere; `file_name` is used in messages only.
-  [[nodiscard]] static Result<SafetensorsContents> parse(std::span<const std::byte> file,
-                                                         std::string_view file_name);
+  [[nodiscard]] static Result<SafetensorsContents> parse(std::span<const std::byte> file, std::string_view file_name);
 
   /// Null if there is no such tensor.
   [[nodiscard]] const TensorInfo* find(std::string_view name) const;

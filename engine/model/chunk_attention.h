@@ -20,8 +20,8 @@ struct SparsityOptions {
   SelectorOptions selector;
   ForcedPages forced;
   CrossoverPolicy crossover;
-  std::int32_t heads_per_unit = 0;   // 0: the library's default for the model's G
-  bool trace_pages = false;          // keep which pages every KV head read, for pictures
+  std::int32_t heads_per_unit = 0;  // 0: the library's default for the model's G
+  bool trace_pages = false;         // keep which pages every KV head read, for pictures
 };
 
 /// What a layer did over the chunks of a prefill.
@@ -31,7 +31,7 @@ struct LayerReport {
   double unite_seconds = 0;
   double attend_seconds = 0;
   UnionStats stats;
-  std::array<std::int64_t, kNumDenseReasons> chunks_by_reason{};   // [DenseReason]
+  std::array<std::int64_t, kNumDenseReasons> chunks_by_reason{};  // [DenseReason]
   std::int64_t nonfinite_rows = 0;
   /// [chunk][KV head] logical pages read, ascending; filled with trace_pages only.
   std::vector<std::vector<std::vector<std::int32_t>>> traced_pages;
@@ -68,8 +68,8 @@ class ChunkAttention {
   std::int32_t num_q_heads_ = 0;
   std::int32_t num_kv_heads_ = 0;
   float softmax_scale_ = 0;
-  std::vector<LayerReport> reports_;   // [num_layers]
-  BlockMask mask_;                     // reused from layer to layer
+  std::vector<LayerReport> reports_;  // [num_layers]
+  BlockMask mask_;                    // reused from layer to layer
   PageLists lists_;
 };
 

@@ -40,12 +40,11 @@ void widen_to_f32(const TensorRef& tensor, std::int64_t first_element, std::int6
   const std::byte* bytes = tensor.bytes.data() + first_element * data_type_bytes(tensor.dtype);
   switch (tensor.dtype) {
     case DataType::kBF16:
-      widen<std::uint16_t>(bytes, count, out,
-                           [](std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); });
+      widen<std::uint16_t>(bytes, count, out, [](std::uint16_t bits) {
+        return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+      });
       return;
-    case DataType::kF16:
-      widen<std::uint16_t>(bytes, count, out, half_to_float);
-      return;
+    case DataType::kF16: widen<std::uint16_t>(bytes, count, out, half_to_float); return;
     default:  // kF32; Checkpoint::tensor lets no other type through
       std::memcpy(out, bytes, static_cast<std::size_t>(count) * sizeof(float));
   }

@@ -77,9 +77,7 @@ Status Transformer::load_weights() {
   return {};
 }
 
-float Transformer::softmax_scale() const noexcept {
-  return 1.0F / std::sqrt(static_cast<float>(config_.head_dim));
-}
+float Transformer::softmax_scale() const noexcept { return 1.0F / std::sqrt(static_cast<float>(config_.head_dim)); }
 
 Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
                             PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
@@ -88,11 +86,12 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
   if (tokens.empty()) return {};
   for (const std::int32_t token : tokens) {
     if (token < 0 || token >= config_.vocab_size) {
-      return invalid_argument(fmt::format("token id {} is not in the model's vocabulary of {}", token, config_.vocab_size));
+      return invalid_argument(
+          fmt::format("token id {} is not in the model's vocabulary of {}", token, config_.vocab_size));
     }
   }
-  const auto rows = static_cast<std::int32_t>(tokens.size());   // C
-  CA_ASSIGN_OR_RETURN(const std::int32_t start, cache.length(request));   // S
+  const auto rows = static_cast<std::int32_t>(tokens.size());            // C
+  CA_ASSIGN_OR_RETURN(const std::int32_t start, cache.length(request));  // S
   if (std::int64_t{start} + rows > config_.max_position_embeddings) {
     return invalid_argument(fmt::format("the context needs {} positions; the model was made for {}",
                                         std::int64_t{start} + rows, config_.max_position_embeddings));
@@ -109,12 +108,12 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
   const auto buffer = [rows](std::int32_t width) {
     return std::vector<float>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(width));
   };
-  std::vector<float> residual = buffer(hidden);               // [C, hidden]
-  std::vector<float> normed = buffer(hidden);                 // [C, hidden]
-  std::vector<float> q = buffer(q_heads * dim);               // [C, Hq, D]
-  std::vector<float> k = buffer(kv_heads * dim);              // [C, Hkv, D]
-  std::vector<float> v = buffer(kv_heads * dim);              // [C, Hkv, D]
-  std::vector<float> attended = buffer(q_heads * dim);        // [C, Hq, D]
+  std::vector<float> residual = buffer(hidden);         // [C, hidden]
+  std::vector<float> normed = buffer(hidden);           // [C, hidden]
+  std::vector<float> q = buffer(q_heads * dim);         // [C, Hq, D]
+  std::vector<float> k = buffer(kv_heads * dim);        // [C, Hkv, D]
+  std::vector<float> v = buffer(kv_heads * dim);        // [C, Hkv, D]
+  std::vector<float> attended = buffer(q_heads * dim);  // [C, Hq, D]
   std::vector<float> gate = buffer(config_.intermediate_size);
   std::vector<float> up = buffer(config_.intermediate_size);
   const RopeTable rope = make_rope_table(inverse_frequencies_, start, rows);
@@ -129,7 +128,7 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
     block.q_proj.apply(normed.data(), rows, q.data(), false, pool);
     block.k_proj.apply(normed.data(), rows, k.data(), false, pool);
     block.v_proj.apply(normed.data(), rows, v.data(), false, pool);
-    if (config_.qk_norm) {   // Qwen3: every head of q and k is normed on its own, before the rotation
+    if (config_.qk_norm) {  // Qwen3: every head of q and k is normed on its own, before the rotation
       rms_norm(q.data(), block.q_norm.data(), eps, rows * q_heads, dim, q.data(), pool);
       rms_norm(k.data(), block.k_norm.data(), eps, rows * kv_heads, dim, k.data(), pool);
     }

@@ -21,7 +21,8 @@ enum class LogitsOf : std::int32_t { kNone, kLastToken, kAllTokens };
 class Transformer {
  public:
   /// Reads config.json and maps the weights of a Hugging Face model directory.
-  /// Errors: those of load_model_config and Checkpoint: each names the file, tensor or key, the value seen, what is allowed.
+  /// Errors: those of load_model_config and Checkpoint: each names the file, tensor or key, the value seen, what is
+  /// allowed.
   [[nodiscard]] static Result<Transformer> load(const std::filesystem::path& directory);
 
   [[nodiscard]] const ModelConfig& config() const noexcept { return config_; }
@@ -39,11 +40,11 @@ class Transformer {
 
  private:
   struct Block {
-    std::vector<float> attention_norm;   // [hidden]
-    Linear q_proj, k_proj, v_proj;       // [Hq D, hidden], [Hkv D, hidden], [Hkv D, hidden]
-    std::vector<float> q_norm, k_norm;   // [D]; empty without qk_norm
-    Linear o_proj;                       // [hidden, Hq D]
-    std::vector<float> mlp_norm;         // [hidden]
+    std::vector<float> attention_norm;  // [hidden]
+    Linear q_proj, k_proj, v_proj;      // [Hq D, hidden], [Hkv D, hidden], [Hkv D, hidden]
+    std::vector<float> q_norm, k_norm;  // [D]; empty without qk_norm
+    Linear o_proj;                      // [hidden, Hq D]
+    std::vector<float> mlp_norm;        // [hidden]
     Linear gate_proj, up_proj, down_proj;
   };
 
@@ -52,11 +53,11 @@ class Transformer {
 
   ModelConfig config_;
   Checkpoint checkpoint_;
-  Linear embedding_;                      // [vocab, hidden]
-  std::vector<Block> blocks_;             // [num_hidden_layers]
-  std::vector<float> final_norm_;         // [hidden]
-  Linear lm_head_;                        // [vocab, hidden]; the embedding when tied
-  std::vector<float> inverse_frequencies_;   // [D/2]
+  Linear embedding_;                        // [vocab, hidden]
+  std::vector<Block> blocks_;               // [num_hidden_layers]
+  std::vector<float> final_norm_;           // [hidden]
+  Linear lm_head_;                          // [vocab, hidden]; the embedding when tied
+  std::vector<float> inverse_frequencies_;  // [D/2]
 };
 
 }  // namespace compact::engine

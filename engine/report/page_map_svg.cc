@@ -8,8 +8,8 @@
 namespace compact::engine {
 namespace {
 
-constexpr double kPanelWidth = 420;    // px for all pages of the prompt
-constexpr double kChunkHeight = 6;     // px per chunk
+constexpr double kPanelWidth = 420;  // px for all pages of the prompt
+constexpr double kChunkHeight = 6;   // px per chunk
 constexpr double kGap = 18;
 constexpr double kLabelHeight = 16;
 constexpr double kHeaderHeight = 74;
@@ -43,7 +43,8 @@ std::string text(double x, double y, int size, std::string_view content) {
 }
 
 // Neighbouring pages of one kind become one rectangle: a dense row of 1000 pages is then two elements.
-std::string chunk_row(const std::vector<std::int32_t>& pages, std::int32_t num_past, double x, double y, double page_width) {
+std::string chunk_row(const std::vector<std::int32_t>& pages, std::int32_t num_past, double x, double y,
+                      double page_width) {
   std::string svg;
   for (std::size_t begin = 0; begin < pages.size();) {
     const bool past = pages[begin] < num_past;
@@ -61,7 +62,8 @@ double head_density(const LayerReport& layer, std::size_t kv_head, const PageMap
   std::int64_t read = 0;
   std::int64_t past = 0;
   for (std::size_t chunk = 0; chunk < layer.traced_pages.size(); ++chunk) {
-    const auto num_past = static_cast<std::int32_t>(static_cast<std::int64_t>(chunk) * input.chunk_tokens / input.page_tokens);
+    const auto num_past =
+        static_cast<std::int32_t>(static_cast<std::int64_t>(chunk) * input.chunk_tokens / input.page_tokens);
     const std::vector<std::int32_t>& pages = layer.traced_pages[chunk][kv_head];
     read += std::lower_bound(pages.begin(), pages.end(), num_past) - pages.begin();
     past += num_past;
@@ -103,7 +105,8 @@ std::string page_map_svg(const PageMapInput& input) {
       const double x = kGap + static_cast<double>(head) * (kPanelWidth + kGap);
       const double top = kHeaderHeight + static_cast<double>(i) * (panel_height + kGap);
       svg += text(x, top + 10, 11,
-                  fmt::format("layer {}, KV head {}: {:.0f} % of past pages", i, head, 100 * head_density(layers[i], head, input)));
+                  fmt::format("layer {}, KV head {}: {:.0f} % of past pages", i, head,
+                              100 * head_density(layers[i], head, input)));
       for (std::size_t chunk = 0; chunk < num_chunks; ++chunk) {
         const double y = top + kLabelHeight + static_cast<double>(chunk) * kChunkHeight;
         const std::int64_t start = static_cast<std::int64_t>(chunk) * input.chunk_tokens;

@@ -10,8 +10,8 @@
 namespace compact::engine {
 
 struct PageMapMark {
-  std::int32_t page = 0;   // logical page
-  std::string label;       // shown once, in the legend of the first panel
+  std::int32_t page = 0;  // logical page
+  std::string label;      // shown once, in the legend of the first panel
 };
 
 struct PageMapInput {
@@ -20,8 +20,8 @@ struct PageMapInput {
   std::int32_t prompt_tokens = 0;
   std::int32_t chunk_tokens = 0;
   std::int32_t page_tokens = 0;
-  const std::vector<LayerReport>* layers = nullptr;   // with traced_pages
-  std::vector<PageMapMark> marks;                     // e.g. where a needle lies
+  const std::vector<LayerReport>* layers = nullptr;  // with traced_pages
+  std::vector<PageMapMark> marks;                    // e.g. where a needle lies
 };
 
 /// Self-contained SVG. Every number in it comes from `layers`.

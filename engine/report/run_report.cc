@@ -71,8 +71,8 @@ nlohmann::json run_json(const Answer& answer, const GenerateOptions& options) {
   };
   if (options.sparsity.selector.name == "mean-key") {
     const MeanKeyOptions& mean_key = options.sparsity.selector.mean_key;
-    json["threshold"] = mean_key.alpha >= 0 ? nlohmann::json{{"alpha", mean_key.alpha}}
-                                            : nlohmann::json{{"share", mean_key.share}};
+    json["threshold"] =
+        mean_key.alpha >= 0 ? nlohmann::json{{"alpha", mean_key.alpha}} : nlohmann::json{{"share", mean_key.share}};
   }
   json["layers"] = nlohmann::json::array();
   for (const LayerReport& layer : result.layers) {
@@ -111,8 +111,8 @@ std::string run_table(const Answer& answer, const GenerateOptions& options) {
                                     : fmt::format("dense ({})", dense_reason_name(static_cast<DenseReason>(reason)));
       chunks += fmt::format("{}{} {}", chunks.empty() ? "" : ", ", count, name);
     }
-    text += fmt::format("{:5}  {:7.3f}  {:9.2f}  {:11.3f}  {}\n", i, layer.stats.density(), layer.stats.union_inflation(),
-                        layer.attention_seconds(), chunks);
+    text += fmt::format("{:5}  {:7.3f}  {:9.2f}  {:11.3f}  {}\n", i, layer.stats.density(),
+                        layer.stats.union_inflation(), layer.attention_seconds(), chunks);
   }
   return text;
 }
@@ -120,9 +120,10 @@ std::string run_table(const Answer& answer, const GenerateOptions& options) {
 PageMapInput run_page_map(const Answer& answer, const GenerateOptions& options) {
   const RunTotals totals = sum_layers(answer.result);
   PageMapInput picture;
-  picture.caption = fmt::format("{} tokens in chunks of {} (down), pages of {} (across); density {:.3f}, union inflation {:.2f}",
-                                with_thousands(answer.result.prompt_tokens), options.chunk_tokens, options.page_tokens,
-                                totals.stats.density(), totals.stats.union_inflation());
+  picture.caption =
+      fmt::format("{} tokens in chunks of {} (down), pages of {} (across); density {:.3f}, union inflation {:.2f}",
+                  with_thousands(answer.result.prompt_tokens), options.chunk_tokens, options.page_tokens,
+                  totals.stats.density(), totals.stats.union_inflation());
   picture.prompt_tokens = answer.result.prompt_tokens;
   picture.chunk_tokens = options.chunk_tokens;
   picture.page_tokens = options.page_tokens;

@@ -16,7 +16,7 @@ struct RunTotals {
   double select_seconds = 0;
   double unite_seconds = 0;
   double attend_seconds = 0;
-  double attention_seconds = 0;   // select + unite + attend
+  double attention_seconds = 0;  // select + unite + attend
   UnionStats stats;
 };
 [[nodiscard]] RunTotals sum_layers(const GenerateResult& result);

@@ -19,8 +19,8 @@ void show_prefill_progress(std::int32_t done, std::int32_t total, double elapsed
   if (isatty(STDERR_FILENO) == 0) return;
   constexpr std::int32_t kBarCells = 30;
   const auto filled = static_cast<std::int32_t>(std::int64_t{kBarCells} * done / total);
-  fmt::print(stderr, "\rprefill [{:#<{}}{:.<{}}] {} / {} tokens  {:.1f} s{}", "", filled, "", kBarCells - filled, done, total,
-             elapsed_seconds, done == total ? "\n" : "");
+  fmt::print(stderr, "\rprefill [{:#<{}}{:.<{}}] {} / {} tokens  {:.1f} s{}", "", filled, "", kBarCells - filled, done,
+             total, elapsed_seconds, done == total ? "\n" : "");
   std::fflush(stderr);
 }
 
@@ -29,9 +29,10 @@ void show_prefill_progress(std::int32_t done, std::int32_t total, double elapsed
 Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat) {
   std::error_code error;
   if (!std::filesystem::is_directory(directory, error)) {
-    return io_error(fmt::format("{} is not a directory\n  allowed: a Hugging Face model directory with config.json, "
-                                "model.safetensors and tokenizer.json",
-                                directory.string()));
+    return io_error(
+        fmt::format("{} is not a directory\n  allowed: a Hugging Face model directory with config.json, "
+                    "model.safetensors and tokenizer.json",
+                    directory.string()));
   }
   // A misspelt format should not cost the time to load.
   std::optional<ChatFormat> format;
@@ -45,9 +46,10 @@ Result<LoadedModel> load_model(const std::filesystem::path& directory, const std
   }
   CA_RETURN_IF_ERROR(check_chat_format(*format, tokenizer));
   if (tokenizer.vocab_size() > transformer.config().vocab_size) {
-    return invalid_argument(fmt::format("{}: tokenizer.json has ids up to {}, the model only {} embeddings\n"
-                                        "  allowed: the tokenizer that belongs to the model",
-                                        directory.string(), tokenizer.vocab_size() - 1, transformer.config().vocab_size));
+    return invalid_argument(
+        fmt::format("{}: tokenizer.json has ids up to {}, the model only {} embeddings\n"
+                    "  allowed: the tokenizer that belongs to the model",
+                    directory.string(), tokenizer.vocab_size() - 1, transformer.config().vocab_size));
   }
   std::vector<std::int32_t> end_tokens = transformer.config().eos_token_ids;
   const std::string_view turn_end = chat_turn_end(*format);
@@ -65,7 +67,9 @@ Result<std::vector<std::int32_t>> encode_prompt(const LoadedModel& model, std::s
 Result<Answer> answer_prompt(const LoadedModel& model, std::string_view prompt, GenerateOptions options,
                              const std::function<void(std::string_view)>& on_text, ThreadPool& pool) {
   const auto start = std::chrono::steady_clock::now();
-  const auto elapsed = [start] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  const auto elapsed = [start] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
 
   CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> tokens, encode_prompt(model, prompt));
   const double encode_seconds = elapsed();

@@ -21,20 +21,20 @@ struct LoadedModel {
   Transformer transformer;
   Tokenizer tokenizer;
   ChatFormat chat_format = ChatFormat::kNone;
-  std::vector<std::int32_t> end_tokens;   // of the model's configuration and of the chat format
+  std::vector<std::int32_t> end_tokens;  // of the model's configuration and of the chat format
 };
 
 /// chat: "auto" (what the checkpoint's template says) or a format name.
-/// Errors: kIoError for a directory without a checkpoint; those of the loaders; kInvalidArgument if the tokenizer has tokens
-/// that the embedding has no row for.
+/// Errors: kIoError for a directory without a checkpoint; those of the loaders; kInvalidArgument if the tokenizer has
+/// tokens that the embedding has no row for.
 [[nodiscard]] Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat);
 
 /// The prompt's ids in the model's chat format.
 [[nodiscard]] Result<std::vector<std::int32_t>> encode_prompt(const LoadedModel& model, std::string_view prompt);
 
 struct Answer {
-  std::string text;            // well-formed UTF-8, special tokens left out
-  double ttft_seconds = 0;     // tokenization and prefill up to the first token
+  std::string text;         // well-formed UTF-8, special tokens left out
+  double ttft_seconds = 0;  // tokenization and prefill up to the first token
   GenerateResult result;
 };
 

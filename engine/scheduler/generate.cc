@@ -21,20 +21,22 @@ std::int32_t pages_for(std::int64_t tokens, std::int32_t page_tokens) {
 
 Status check_request(const ModelConfig& config, std::int64_t prompt_tokens, const GenerateOptions& options) {
   if (options.chunk_tokens < 1) {
-    return invalid_argument(fmt::format("chunk is {} tokens\n  allowed: 1 or more; 1024 is usual", options.chunk_tokens));
+    return invalid_argument(
+        fmt::format("chunk is {} tokens\n  allowed: 1 or more; 1024 is usual", options.chunk_tokens));
   }
   if (options.max_tokens < 1) {
     return invalid_argument(fmt::format("max-tokens is {}\n  allowed: 1 or more", options.max_tokens));
   }
   if (options.kv_pages < 0) {
-    return invalid_argument(fmt::format("kv-pages is {}\n  allowed: 1 or more, or 0 for as many as needed", options.kv_pages));
+    return invalid_argument(
+        fmt::format("kv-pages is {}\n  allowed: 1 or more, or 0 for as many as needed", options.kv_pages));
   }
   if (prompt_tokens == 0) return invalid_argument("the prompt is empty\n  allowed: at least one token");
   if (prompt_tokens > config.max_position_embeddings) {
-    return invalid_argument(fmt::format("the prompt has {} tokens; the model has {} positions\n"
-                                        "  try: a prompt shorter by {} tokens, or a model made for longer contexts",
-                                        prompt_tokens, config.max_position_embeddings,
-                                        prompt_tokens - config.max_position_embeddings));
+    return invalid_argument(
+        fmt::format("the prompt has {} tokens; the model has {} positions\n"
+                    "  try: a prompt shorter by {} tokens, or a model made for longer contexts",
+                    prompt_tokens, config.max_position_embeddings, prompt_tokens - config.max_position_embeddings));
   }
   return {};
 }
@@ -54,18 +56,19 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
   // The last sampled token is never fed back, so it needs no room.
   const std::int64_t positions =
       std::min<std::int64_t>(prompt_tokens + options.max_tokens - 1, config.max_position_embeddings);
-  PagedKvOptions cache_options{config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
-                               options.page_tokens,      options.kv_pages,           options.kv_dtype,
-                               KvLayout::kHnd,           attention.needs_page_means()};
+  PagedKvOptions cache_options{
+      config.num_hidden_layers, config.num_key_value_heads, config.head_dim, options.page_tokens,
+      options.kv_pages,         options.kv_dtype,           KvLayout::kHnd,  attention.needs_page_means()};
   // A page size that create() will refuse must not divide here.
   if (options.kv_pages == 0) cache_options.num_pages = pages_for(positions, std::max(1, options.page_tokens));
   CA_ASSIGN_OR_RETURN(PagedKvCache cache, PagedKvCache::create(cache_options));
   const std::int32_t prompt_pages = pages_for(prompt_tokens, options.page_tokens);
   if (prompt_pages > cache_options.num_pages) {
-    return out_of_memory(fmt::format("the prompt of {} tokens needs {} KV pages of {} tokens; the cache has {}\n"
-                                     "  try: --kv-pages {}, or leave it out",
-                                     prompt_tokens, prompt_pages, options.page_tokens, cache_options.num_pages,
-                                     pages_for(positions, options.page_tokens)));
+    return out_of_memory(
+        fmt::format("the prompt of {} tokens needs {} KV pages of {} tokens; the cache has {}\n"
+                    "  try: --kv-pages {}, or leave it out",
+                    prompt_tokens, prompt_pages, options.page_tokens, cache_options.num_pages,
+                    pages_for(positions, options.page_tokens)));
   }
 
   GenerateResult result;

@@ -16,12 +16,12 @@
 namespace compact::engine {
 
 struct GenerateOptions {
-  std::int32_t chunk_tokens = 1024;    // C of all chunks but the last
-  std::int32_t max_tokens = 128;       // tokens to generate at most
-  std::int32_t page_tokens = 128;      // P
-  std::int32_t kv_pages = 0;           // pages of the cache; 0: as many as this request can need
+  std::int32_t chunk_tokens = 1024;  // C of all chunks but the last
+  std::int32_t max_tokens = 128;     // tokens to generate at most
+  std::int32_t page_tokens = 128;    // P
+  std::int32_t kv_pages = 0;         // pages of the cache; 0: as many as this request can need
   DType kv_dtype = DType::kF32;
-  SparsityOptions sparsity;            // prefill; decode steps read every page
+  SparsityOptions sparsity;  // prefill; decode steps read every page
   SamplingOptions sampling;
   std::vector<std::int32_t> end_tokens;  // each ends the answer
 };
@@ -34,20 +34,20 @@ struct GenerateCallbacks {
 };
 
 struct GenerateResult {
-  std::vector<std::int32_t> tokens;        // sampled, without the end token
-  bool stopped_by_end_token = false;       // else max_tokens or the model's positions ran out
+  std::vector<std::int32_t> tokens;   // sampled, without the end token
+  bool stopped_by_end_token = false;  // else max_tokens or the model's positions ran out
   std::int32_t prompt_tokens = 0;
   std::int32_t prefill_chunks = 0;
-  double prefill_seconds = 0;              // first chunk in to first token out
+  double prefill_seconds = 0;  // first chunk in to first token out
   double decode_seconds = 0;
-  std::int64_t kv_bytes = 0;               // size of the cache
+  std::int64_t kv_bytes = 0;  // size of the cache
   std::int64_t summary_bytes = 0;
-  std::vector<LayerReport> layers;         // of the prefill
+  std::vector<LayerReport> layers;  // of the prefill
 };
 
-/// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the model has
-/// positions, options of sampler and selector), kOutOfMemory (a cache too small for the prompt: says how many pages
-/// it takes).
+/// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
+/// model has positions, options of sampler and selector), kOutOfMemory (a cache too small for the prompt: says how many
+/// pages it takes).
 [[nodiscard]] Result<GenerateResult> generate(const Transformer& model, std::span<const std::int32_t> prompt,
                                               const GenerateOptions& options, const GenerateCallbacks& callbacks,
                                               ThreadPool& pool);

@@ -14,7 +14,8 @@ Result<Sampler> Sampler::create(const SamplingOptions& options) {
   if (!(options.top_p > 0 && options.top_p <= 1)) {
     return invalid_argument(fmt::format("top-p is {}\n  allowed: above 0, at most 1", options.top_p));
   }
-  if (options.top_k < 0) return invalid_argument(fmt::format("top-k is {}\n  allowed: 0 (all tokens) or more", options.top_k));
+  if (options.top_k < 0)
+    return invalid_argument(fmt::format("top-k is {}\n  allowed: 0 (all tokens) or more", options.top_k));
   return Sampler(options);
 }
 
@@ -27,9 +28,8 @@ std::int32_t Sampler::sample(std::span<const float> logits) {
     candidates_.emplace_back(std::exp((logits[i] - *largest) / options_.temperature), static_cast<std::int32_t>(i));
   }
   // Descending probability, ties to the lower id: a total order, so the result does not depend on the sort.
-  std::sort(candidates_.begin(), candidates_.end(), [](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first > b.first : a.second < b.second;
-  });
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
   if (options_.top_k > 0 && candidates_.size() > static_cast<std::size_t>(options_.top_k)) {
     candidates_.resize(static_cast<std::size_t>(options_.top_k));
   }

@@ -12,9 +12,9 @@
 namespace compact::engine {
 
 struct SamplingOptions {
-  float temperature = 0;        // 0: greedy, the first of the largest logits
-  float top_p = 1;              // keep the smallest set of tokens whose probability reaches this; in (0, 1]
-  std::int32_t top_k = 0;       // keep at most this many tokens; 0: all
+  float temperature = 0;   // 0: greedy, the first of the largest logits
+  float top_p = 1;         // keep the smallest set of tokens whose probability reaches this; in (0, 1]
+  std::int32_t top_k = 0;  // keep at most this many tokens; 0: all
   std::uint64_t seed = 0;
 };
 
@@ -31,7 +31,7 @@ class Sampler {
 
   SamplingOptions options_;
   std::mt19937_64 random_;
-  std::vector<std::pair<float, std::int32_t>> candidates_;   // (probability, token), reused
+  std::vector<std::pair<float, std::int32_t>> candidates_;  // (probability, token), reused
 };
 
 }  // namespace compact::engine

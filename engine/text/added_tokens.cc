@@ -6,8 +6,8 @@ namespace compact::engine {
 namespace {
 
 bool lies_inside_one(std::span<const ByteRange> ranges, size_t begin, size_t end) {
-  const auto after =
-      std::upper_bound(ranges.begin(), ranges.end(), begin, [](size_t pos, const ByteRange& r) { return pos < r.begin; });
+  const auto after = std::upper_bound(ranges.begin(), ranges.end(), begin,
+                                      [](size_t pos, const ByteRange& r) { return pos < r.begin; });
   return after != ranges.begin() && end <= std::prev(after)->end;
 }
 

@@ -38,8 +38,9 @@ Result<Bpe> Bpe::create(const Vocabulary& vocabulary, const std::vector<MergeSpe
     const char text = static_cast<char>(byte);
     const std::optional<int32_t> id = vocabulary.find_bytes({&text, 1});
     if (!id) {
-      return unsupported(fmt::format("byte 0x{:02X} (spelled \"{}\") is no token; allowed: byte-level vocabularies with all 256",
-                                     byte, byte_level_spell({&text, 1})));
+      return unsupported(
+          fmt::format("byte 0x{:02X} (spelled \"{}\") is no token; allowed: byte-level vocabularies with all 256", byte,
+                      byte_level_spell({&text, 1})));
     }
     bpe.byte_tokens_[byte] = *id;
   }

@@ -132,8 +132,8 @@ Result<std::string> template_of_config(const std::string& text, const std::strin
       }
     }
   }
-  return io_error(fmt::format("{}: key \"chat_template\": expected a string or a list with a \"default\", found {}", name,
-                              entry->type_name()));
+  return io_error(fmt::format("{}: key \"chat_template\": expected a string or a list with a \"default\", found {}",
+                              name, entry->type_name()));
 }
 
 }  // namespace
@@ -156,13 +156,17 @@ Result<ChatFormat> parse_chat_format(std::string_view name) {
 }
 
 Result<ChatFormat> detect_chat_format(std::string_view chat_template) {
-  const auto has = [chat_template](std::string_view text) { return chat_template.find(text) != std::string_view::npos; };
+  const auto has = [chat_template](std::string_view text) {
+    return chat_template.find(text) != std::string_view::npos;
+  };
   if (has("<|start_header_id|>") && has("<|eot_id|>")) return ChatFormat::kLlama3;
-  if (has("<|im_start|>") && has("<|im_end|>")) return has("enable_thinking") ? ChatFormat::kQwen3 : ChatFormat::kChatMl;
-  return unsupported(fmt::format(
-      "the chat template of this model belongs to no known family; built-in formats: {} (choose with --chat NAME, or give "
-      "rendered text with --chat none)",
-      kFormats));
+  if (has("<|im_start|>") && has("<|im_end|>"))
+    return has("enable_thinking") ? ChatFormat::kQwen3 : ChatFormat::kChatMl;
+  return unsupported(
+      fmt::format("the chat template of this model belongs to no known family; built-in formats: {} (choose with "
+                  "--chat NAME, or give "
+                  "rendered text with --chat none)",
+                  kFormats));
 }
 
 Result<ChatFormat> load_chat_format(const std::filesystem::path& model_dir) {
@@ -187,8 +191,9 @@ Result<ChatPrompt> format_chat(ChatFormat format, std::span<const ChatMessage> m
   switch (format) {
     case ChatFormat::kNone:
       if (messages.size() != 1) {
-        return invalid_argument(fmt::format(
-            "{} messages with chat format none; allowed: one, from the user (other formats: {})", messages.size(), kFormats));
+        return invalid_argument(
+            fmt::format("{} messages with chat format none; allowed: one, from the user (other formats: {})",
+                        messages.size(), kFormats));
       }
       return ChatPrompt{{{messages[0].content, /*is_control=*/true}}, /*add_special_tokens=*/true};
     case ChatFormat::kLlama3: return format_llama3(messages);

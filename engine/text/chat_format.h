@@ -17,7 +17,8 @@ namespace compact::engine {
 
 enum class ChatFormat {
   kNone,    ///< the text as it is; its author writes control tokens, if any
-  kLlama3,  ///< <|start_header_id|>role<|end_header_id|> .. <|eot_id|>; contents are stripped of white space at both ends
+  kLlama3,  ///< <|start_header_id|>role<|end_header_id|> .. <|eot_id|>; contents are stripped of white space at both
+            ///< ends
   kChatMl,  ///< <|im_start|>role .. <|im_end|>; no system message unless one is given
   kQwen3,   ///< kChatMl with thinking switched off: the answer starts behind an empty <think> block
 };
@@ -52,7 +53,8 @@ struct ChatPrompt {
 [[nodiscard]] Result<ChatFormat> load_chat_format(const std::filesystem::path& model_dir);
 
 /// Renders messages up to where the assistant's answer begins. The last message must be the user's.
-/// Errors: kInvalidArgument for no messages, another role, another last role, or for kNone anything but one user message.
+/// Errors: kInvalidArgument for no messages, another role, another last role, or for kNone anything but one user
+/// message.
 [[nodiscard]] Result<ChatPrompt> format_chat(ChatFormat format, std::span<const ChatMessage> messages);
 
 /// The same for one question; an empty `system` means none.

@@ -49,9 +49,9 @@ constexpr int kMaxDecomposition = 16;
 void append_decomposition(uint32_t code_point, std::vector<Mark>& marks) {
   utf8proc_int32_t parts[kMaxDecomposition];
   int last_boundclass = 0;
-  const utf8proc_ssize_t num_parts = utf8proc_decompose_char(
-      static_cast<utf8proc_int32_t>(code_point), parts, kMaxDecomposition,
-      static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE), &last_boundclass);
+  const utf8proc_ssize_t num_parts =
+      utf8proc_decompose_char(static_cast<utf8proc_int32_t>(code_point), parts, kMaxDecomposition,
+                              static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE), &last_boundclass);
   for (utf8proc_ssize_t i = 0; i < std::min<utf8proc_ssize_t>(num_parts, kMaxDecomposition); ++i) {
     marks.push_back({parts[i], utf8proc_get_property(parts[i])->combining_class});
   }

@@ -91,8 +91,8 @@ PreTokenizer::~PreTokenizer() = default;
 
 Status PreTokenizer::Scratch::Matching::split(const Regex& regex, std::string_view text,
                                               std::vector<std::string_view>& pieces) {
-  const uint64_t steps = std::min<uint64_t>(kFreeSteps + kStepsPerByte * text.size(),
-                                            std::numeric_limits<uint32_t>::max());
+  const uint64_t steps =
+      std::min<uint64_t>(kFreeSteps + kStepsPerByte * text.size(), std::numeric_limits<uint32_t>::max());
   pcre2_set_match_limit(context.get(), static_cast<uint32_t>(steps));
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   const PCRE2_SIZE* match = pcre2_get_ovector_pointer(data.get());
@@ -102,8 +102,8 @@ Status PreTokenizer::Scratch::Matching::split(const Regex& regex, std::string_vi
   bool after_match = false;
   while (search_from <= text.size()) {
     // NOTE: without NO_UTF_CHECK each call would validate the rest of the text, and splitting would be quadratic.
-    int rc = pcre2_match(regex.code.get(), subject, text.size(), search_from, PCRE2_NO_UTF_CHECK, data.get(),
-                         context.get());
+    int rc =
+        pcre2_match(regex.code.get(), subject, text.size(), search_from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) {
       rc = pcre2_match(regex.code.get(), subject, text.size(), search_from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
                        data.get(), context.get());

@@ -5,9 +5,9 @@
 /// ByteLevel. Anything else in a file that would change ids is refused by name when it is loaded; `truncation` and
 /// `padding` are never applied. On valid UTF-8 the ids equal those of the `tokenizers` package.
 ///
-/// Text need not be valid UTF-8. A byte that belongs to no well-formed sequence becomes the token of that byte alone, and
-/// the stretches between such bytes are encoded as texts of their own. So nothing is lost: without a normalizer and a
-/// prefix space decode(encode(x)) is x for any bytes, and with NFC it is x with its valid stretches in NFC.
+/// Text need not be valid UTF-8. A byte that belongs to no well-formed sequence becomes the token of that byte alone,
+/// and the stretches between such bytes are encoded as texts of their own. So nothing is lost: without a normalizer and
+/// a prefix space decode(encode(x)) is x for any bytes, and with NFC it is x with its valid stretches in NFC.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ class Tokenizer {
   static constexpr int64_t kMaxTextBytes = int64_t{1} << 30;
 
   /// Reads a tokenizer.json.
-  /// Errors: kIoError if the file is missing or malformed, kUnsupported for a kind of tokenizer listed above as refused.
-  /// Both name the file and the key.
+  /// Errors: kIoError if the file is missing or malformed, kUnsupported for a kind of tokenizer listed above as
+  /// refused. Both name the file and the key.
   [[nodiscard]] static Result<Tokenizer> load(const std::filesystem::path& tokenizer_json);
 
   /// The same from memory; `name` stands for the file in messages.

@@ -31,8 +31,8 @@ const Json& get(const Json& object, const std::string& key) {
 }
 
 Status missing(std::string_view key, std::string_view wanted, const Json& seen) {
-  return io_error(fmt::format("key \"{}\": expected {}, found {}", key, wanted,
-                              seen.is_null() ? "nothing" : seen.type_name()));
+  return io_error(
+      fmt::format("key \"{}\": expected {}, found {}", key, wanted, seen.is_null() ? "nothing" : seen.type_name()));
 }
 
 Result<bool> get_bool(const Json& object, const char* key, bool value_if_missing) {
@@ -214,7 +214,8 @@ class TokenizerReader {
       AddedToken token;
       CA_ASSIGN_OR_RETURN(token.content, get_string(entry, "content"));
       CA_ASSIGN_OR_RETURN(const int64_t id, get_id(get(entry, "id"), "added_tokens.id"));
-      if (!get(entry, "special").is_boolean()) return missing("added_tokens.special", "a boolean", get(entry, "special"));
+      if (!get(entry, "special").is_boolean())
+        return missing("added_tokens.special", "a boolean", get(entry, "special"));
       CA_ASSIGN_OR_RETURN(token.is_special, get_bool(entry, "special", false));
       CA_ASSIGN_OR_RETURN(token.is_normalized, get_bool(entry, "normalized", !token.is_special));
       for (const char* flag : {"single_word", "lstrip", "rstrip"}) {
@@ -230,8 +231,8 @@ class TokenizerReader {
 
   Status add_token(AddedToken token, int64_t id) {
     if (token.content.empty() || token.content.size() > kMaxAddedTokenBytes) {
-      return io_error(fmt::format("added token {} has {} bytes; allowed: 1 to {}", id, token.content.size(),
-                                  kMaxAddedTokenBytes));
+      return io_error(
+          fmt::format("added token {} has {} bytes; allowed: 1 to {}", id, token.content.size(), kMaxAddedTokenBytes));
     }
     if (id < 0 || id > kMaxTokenId) {
       return io_error(fmt::format("added token \"{}\" has id {}; allowed: 0 to {}", token.content, id, kMaxTokenId));
@@ -244,11 +245,13 @@ class TokenizerReader {
     const std::optional<int32_t> in_vocabulary = impl_->vocabulary.find_spelling(token.content);
     const bool id_is_taken = impl_->vocabulary.bytes_of(token.id).has_value();
     if (in_vocabulary ? *in_vocabulary != token.id : id_is_taken) {
-      return io_error(fmt::format("added token \"{}\" has id {}, but the vocabulary says otherwise", token.content, id));
+      return io_error(
+          fmt::format("added token \"{}\" has id {}, but the vocabulary says otherwise", token.content, id));
     }
     if (token.is_normalized && impl_->normalize_nfc) {
       if (token.is_special) {
-        return unsupported(fmt::format("added token \"{}\" is special and normalized; allowed: one of them", token.content));
+        return unsupported(
+            fmt::format("added token \"{}\" is special and normalized; allowed: one of them", token.content));
       }
       AddedToken searched = token;
       searched.content = to_nfc(token.content);

@@ -16,8 +16,7 @@ Status Vocabulary::add(std::string_view spelling, int64_t id) {
   }
   std::optional<std::string> bytes = byte_level_bytes(spelling);
   Map& map = bytes ? by_bytes_ : by_foreign_spelling_;
-  const auto [entry, is_new] =
-      map.emplace(bytes ? std::move(*bytes) : std::string(spelling), static_cast<int32_t>(id));
+  const auto [entry, is_new] = map.emplace(bytes ? std::move(*bytes) : std::string(spelling), static_cast<int32_t>(id));
   if (!is_new) return io_error(fmt::format("token \"{}\" has two ids, {} and {}", spelling, entry->second, id));
   if (index >= by_id_.size()) by_id_.resize(index + 1, nullptr);
   by_id_[index] = &entry->first;

@@ -13,31 +13,32 @@ namespace compact {
 
 /// Units must not share rows: each writes its own part of the output, and nobody checks for overlap.
 struct AttentionInput {
-  ConstRows q;                               // [T, Hq, D]  post-RoPE, D a multiple of 8 up to 256; strides >= D
-  PagedKvView kv;                            // one layer
-  std::span<const AttentionUnit> units;      // [U]
-  std::span<const std::int32_t> page_ids;    // [num_list_pages]
+  ConstRows q;                             // [T, Hq, D]  post-RoPE, D a multiple of 8 up to 256; strides >= D
+  PagedKvView kv;                          // one layer
+  std::span<const AttentionUnit> units;    // [U]
+  std::span<const std::int32_t> page_ids;  // [num_list_pages]
   std::int32_t heads_per_unit = 1;
-  float softmax_scale = 0;                   // s, above 0
+  float softmax_scale = 0;  // s, above 0
 };
 
 struct AttentionOutput {
-  MutableRows o;          // [T, Hq, D]; rows of no unit are left alone
-  float* lse = nullptr;   // [T, Hq] or null; natural log of the sum of exp(s q.k); -inf for a row that sees nothing (o = 0)
+  MutableRows o;  // [T, Hq, D]; rows of no unit are left alone
+  /// [T, Hq] or null; natural log of the sum of exp(s q.k); -inf for a row that sees nothing (o = 0).
+  float* lse = nullptr;
 };
 
 /// Readable reference: one loop per row, fp64 accumulation. Slow; the oracle for every other backend.
 /// Errors: kInvalidArgument with the unit and the value seen.
 [[nodiscard]] Status attend_reference(const AttentionInput& input, const AttentionOutput& output);
 
-/// CPU kernel: SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...), blocked, online softmax, GQA rows packed. Pages are
-/// read in place. Deterministic for any number of threads. Same contract and errors as the reference.
+/// CPU kernel: SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...), blocked, online softmax, GQA rows packed. Pages
+/// are read in place. Deterministic for any number of threads. Same contract and errors as the reference.
 [[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool);
 
 /// Name of the instruction set that attend_cpu uses on this machine, e.g. "AVX3". Static storage.
 [[nodiscard]] const char* cpu_attention_target() noexcept;
 
-/// Why a chunk ran dense. Printed and counted; dense is never silent (method.md section 7).
+/// Why a chunk ran dense. Printed and counted; dense is never silent (docs/design/method.md section 7).
 enum class DenseReason : std::int32_t {
   kNone = 0,          ///< the lists of the selector were used
   kSelector = 1,      ///< the selector is `dense`
@@ -58,12 +59,12 @@ struct CrossoverPolicy {
 [[nodiscard]] DenseReason crossover_before_selection(const CrossoverPolicy& policy, const ChunkView& chunk,
                                                      std::int32_t page_tokens) noexcept;
 
-/// Modelled cost of a unit in 1/1024 of a 128 x 128 tile step (method.md 5.3).
+/// Modelled cost of a unit in 1/1024 of a 128 x 128 tile step (docs/design/method.md 5.3).
 [[nodiscard]] std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
                                      std::int32_t page_tokens) noexcept;
 
-/// Decision after the union, per chunk: rewrites the lists of chunks whose cost is not below dense to all pages and reports
-/// kHighDensity for them. reasons: [B], entries other than kNone are left alone.
+/// Decision after the union, per chunk: rewrites the lists of chunks whose cost is not below dense to all pages and
+/// reports kHighDensity for them. reasons: [B], entries other than kNone are left alone.
 [[nodiscard]] Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& input, PageLists& lists,
                                            std::span<DenseReason> reasons);
 

@@ -4,7 +4,7 @@
 /// One page table serves all layers. A chunk is appended in two steps: `extend` gives the request room for its
 /// tokens (all layers at once, all or nothing), then `write` stores K and V layer by layer. A chunk may start and
 /// end anywhere in a page. Thread safety: none; one owner calls, `write` uses the pool inside.
-/// Source of the summaries: method.md section 2 (page means: FlashPrefill, arXiv 2603.06199).
+/// Source of the summaries: docs/design/method.md section 2 (page means: FlashPrefill, arXiv 2603.06199).
 #pragma once
 
 #include <cstdint>
@@ -24,13 +24,13 @@ enum class KvLayout : std::int32_t {
 
 struct PagedKvOptions {
   std::int32_t num_layers = 0;
-  std::int32_t num_kv_heads = 0;      // Hkv
-  std::int32_t head_dim = 0;          // D
-  std::int32_t page_tokens = 128;     // P: power of two, 16..256
-  std::int32_t num_pages = 0;         // pages shared by all requests
+  std::int32_t num_kv_heads = 0;   // Hkv
+  std::int32_t head_dim = 0;       // D
+  std::int32_t page_tokens = 128;  // P: power of two, 16..256
+  std::int32_t num_pages = 0;      // pages shared by all requests
   DType dtype = DType::kF32;
   KvLayout layout = KvLayout::kHnd;
-  bool page_means = true;             // mean_k, for selectors that need it
+  bool page_means = true;  // mean_k, for selectors that need it
 };
 
 /// Names a live request of one cache. Ids are never reused.
@@ -54,10 +54,10 @@ class PagedKvCache {
   /// A request with no tokens.
   [[nodiscard]] RequestId add_request();
 
-  /// A new request that shares the first `tokens` tokens of `parent`. Complete pages are shared for good. If `tokens` ends
-  /// inside a page, that page is copied with its summary by the child's next `extend`, or taken over if nobody else
-  /// holds it by then; the parent's writes never reach the child. Needs no free page.
-  /// Errors: kInvalidArgument (unknown parent; more tokens than the parent has written in every layer), kOutOfMemory.
+  /// A new request that shares the first `tokens` tokens of `parent`. Complete pages are shared for good. If `tokens`
+  /// ends inside a page, that page is copied with its summary by the child's next `extend`, or taken over if nobody
+  /// else holds it by then; the parent's writes never reach the child. Needs no free page. Errors: kInvalidArgument
+  /// (unknown parent; more tokens than the parent has written in every layer), kOutOfMemory.
   [[nodiscard]] Result<RequestId> fork(RequestId parent, std::int32_t tokens);
 
   /// Drops the tokens from `tokens` on (a rejected draft, a rolled-back chunk). Freed pages return to the pool.

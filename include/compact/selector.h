@@ -2,7 +2,7 @@
 ///
 /// A selector writes decisions for past pages only. Forced pages (sinks, window, the chunk itself), the union and the
 /// dense crossover are common code (block_union.h, attention.h). Everything is aligned to absolute token positions:
-/// a chunk may start and end anywhere. Source: method.md sections 3 and 4.
+/// a chunk may start and end anywhere. Source: docs/design/method.md sections 3 and 4.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,10 @@ namespace compact {
 /// Query tokens of one request that share a row of the mask: floor(position / block_tokens) is equal. The first and
 /// the last block of a chunk may be short.
 struct QueryBlock {
-  std::int32_t chunk = 0;            // index into the step's chunks
-  std::int32_t q_begin = 0;          // first row in Q
-  std::int32_t tokens = 0;           // 1..block_tokens
-  std::int32_t first_position = 0;   // absolute position of the first query
+  std::int32_t chunk = 0;           // index into the step's chunks
+  std::int32_t q_begin = 0;         // first row in Q
+  std::int32_t tokens = 0;          // 1..block_tokens
+  std::int32_t first_position = 0;  // absolute position of the first query
 };
 
 /// Blocks of all chunks in order. block_tokens is a power of two.
@@ -32,11 +32,11 @@ struct QueryBlock {
 
 /// Bit j (LSB first) of row (mask head, query block) = past page j is wanted. Bits >= Np are 0.
 struct BlockMask {
-  std::int32_t mask_heads = 0;           // Hq, or Hkv when all query heads of a KV head share their rows
-  std::int32_t words_per_row = 0;        // ceil(max over chunks of Np / 64)
-  std::vector<QueryBlock> blocks;        // [num_blocks]
-  std::vector<std::uint64_t> words;      // [mask_heads, num_blocks, words_per_row]
-  std::int64_t nonfinite_rows = 0;       // rows with NaN or +inf scores, or with -inf only; they keep all their pages
+  std::int32_t mask_heads = 0;       // Hq, or Hkv when all query heads of a KV head share their rows
+  std::int32_t words_per_row = 0;    // ceil(max over chunks of Np / 64)
+  std::vector<QueryBlock> blocks;    // [num_blocks]
+  std::vector<std::uint64_t> words;  // [mask_heads, num_blocks, words_per_row]
+  std::int64_t nonfinite_rows = 0;   // rows with NaN or +inf scores, or with -inf only; they keep all their pages
 
   [[nodiscard]] std::uint64_t* row(std::int32_t head, std::int32_t block) noexcept {
     return words.data() + (std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block) * words_per_row;
@@ -50,11 +50,11 @@ struct BlockMask {
 };
 
 struct SelectInput {
-  std::span<const ChunkView> chunks;   // [B]
-  ConstRows q;                         // [T, Hq, D]  post-RoPE
-  PageSummaryView summaries;           // of this layer
-  std::int32_t page_tokens = 0;        // P
-  float softmax_scale = 0;             // s
+  std::span<const ChunkView> chunks;  // [B]
+  ConstRows q;                        // [T, Hq, D]  post-RoPE
+  PageSummaryView summaries;          // of this layer
+  std::int32_t page_tokens = 0;       // P
+  float softmax_scale = 0;            // s
 };
 
 class Selector {
@@ -76,20 +76,20 @@ enum class ScoreNorm : std::int32_t { kRow = 0, kTile = 1 };
 /// kPacked: 128/G tokens x the G heads of a KV head, one mask row per KV head. kPerHead: 128 tokens x one query head.
 enum class TileShape : std::int32_t { kPacked = 0, kPerHead = 1 };
 
-/// The mean-key selector (method.md 3.5). Page energy E[j] is a page's share of the softmax over mean keys.
+/// The mean-key selector (docs/design/method.md 3.5). Page energy E[j] is a page's share of the softmax over mean keys.
 struct MeanKeyOptions {
   TileShape tile = TileShape::kPacked;
   PageVisibility visible = PageVisibility::kLast;
   ScoreNorm norm = ScoreNorm::kRow;
   /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. At most 1; 0 or less keeps every page.
   float share = 0.03F;
-  /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile. Used
-  /// when >= 0, at most 1; 0 keeps every page.
+  /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile.
+  /// Used when >= 0, at most 1; 0 keeps every page.
   float alpha = -1.0F;
 };
 
 struct SelectorOptions {
-  std::string name = "mean-key";   // dense | static | mean-key
+  std::string name = "mean-key";  // dense | static | mean-key
   MeanKeyOptions mean_key;
 };
 
@@ -99,8 +99,8 @@ struct SelectorOptions {
 /// Errors: kInvalidArgument for an unknown name (lists the known) or an option out of range.
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_selector(const SelectorOptions& options);
 
-/// A published preset by name: "mean-key" (ours), "compact", "flashprefill-v1", "flashprefill-v2" (rules as published, without
-/// their dense tails). Errors: kInvalidArgument for an unknown name.
+/// A published preset by name: "mean-key" (ours), "compact", "flashprefill-v1", "flashprefill-v2" (rules as published,
+/// without their dense tails). Errors: kInvalidArgument for an unknown name.
 [[nodiscard]] Result<MeanKeyOptions> mean_key_preset(std::string_view name);
 
 }  // namespace compact

@@ -40,25 +40,19 @@ class [[nodiscard]] Status {
 [[nodiscard]] inline Status invalid_argument(std::string message) {
   return {StatusCode::kInvalidArgument, std::move(message)};
 }
-[[nodiscard]] inline Status unsupported(std::string message) {
-  return {StatusCode::kUnsupported, std::move(message)};
-}
+[[nodiscard]] inline Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
 [[nodiscard]] inline Status out_of_memory(std::string message) {
   return {StatusCode::kOutOfMemory, std::move(message)};
 }
-[[nodiscard]] inline Status io_error(std::string message) {
-  return {StatusCode::kIoError, std::move(message)};
-}
-[[nodiscard]] inline Status internal_error(std::string message) {
-  return {StatusCode::kInternal, std::move(message)};
-}
+[[nodiscard]] inline Status io_error(std::string message) { return {StatusCode::kIoError, std::move(message)}; }
+[[nodiscard]] inline Status internal_error(std::string message) { return {StatusCode::kInternal, std::move(message)}; }
 
 /// Either a value or the Status that says why there is none.
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : state_(std::move(value)) {}               // NOLINT: implicit by design
-  Result(Status status) : state_(std::move(status)) {}        // NOLINT: implicit by design
+  Result(T value) : state_(std::move(value)) {}         // NOLINT: implicit by design
+  Result(Status status) : state_(std::move(status)) {}  // NOLINT: implicit by design
 
   [[nodiscard]] bool ok() const noexcept { return std::holds_alternative<T>(state_); }
   [[nodiscard]] Status status() const { return ok() ? Status() : std::get<Status>(state_); }
@@ -79,10 +73,10 @@ class [[nodiscard]] Result {
 }  // namespace compact
 
 /// Returns the Status of `expr` from the enclosing function unless it is ok.
-#define CA_RETURN_IF_ERROR(expr)                            \
-  do {                                                      \
-    ::compact::Status ca_status_ = (expr);                  \
-    if (!ca_status_.ok()) return ca_status_;                \
+#define CA_RETURN_IF_ERROR(expr)             \
+  do {                                       \
+    ::compact::Status ca_status_ = (expr);   \
+    if (!ca_status_.ok()) return ca_status_; \
   } while (false)
 
 #define CA_CONCAT_INNER_(a, b) a##b
@@ -93,5 +87,4 @@ class [[nodiscard]] Result {
   lhs = std::move(tmp).value()
 
 /// `CA_ASSIGN_OR_RETURN(auto x, f());` assigns the value or returns the Status.
-#define CA_ASSIGN_OR_RETURN(lhs, expr) \
-  CA_ASSIGN_OR_RETURN_IMPL_(CA_CONCAT_(ca_result_, __LINE__), lhs, expr)
+#define CA_ASSIGN_OR_RETURN(lhs, expr) CA_ASSIGN_OR_RETURN_IMPL_(CA_CONCAT_(ca_result_, __LINE__), lhs, expr)

@@ -17,11 +17,11 @@ enum class DType : std::int32_t {
 template <class T>
 struct RowsView {
   T* data = nullptr;
-  std::int32_t tokens = 0;           // T
-  std::int32_t heads = 0;            // Hq, or Hkv for K and V rows
-  std::int32_t head_dim = 0;         // D
-  std::int64_t token_stride = 0;     // elements between tokens
-  std::int64_t head_stride = 0;      // elements between heads
+  std::int32_t tokens = 0;        // T
+  std::int32_t heads = 0;         // Hq, or Hkv for K and V rows
+  std::int32_t head_dim = 0;      // D
+  std::int64_t token_stride = 0;  // elements between tokens
+  std::int64_t head_stride = 0;   // elements between heads
 
   [[nodiscard]] T* row(std::int32_t token, std::int32_t head) const noexcept {
     return data + token * token_stride + head * head_stride;
@@ -44,11 +44,11 @@ struct PagedKvView {
   const void* k = nullptr;
   const void* v = nullptr;
   DType dtype = DType::kF32;
-  std::int32_t num_pages = 0;        // physical pages in the cache
-  std::int32_t num_kv_heads = 0;     // Hkv
-  std::int32_t page_tokens = 0;      // P
-  std::int32_t head_dim = 0;         // D
-  std::int64_t page_stride = 0;      // elements; K and V alike
+  std::int32_t num_pages = 0;     // physical pages in the cache
+  std::int32_t num_kv_heads = 0;  // Hkv
+  std::int32_t page_tokens = 0;   // P
+  std::int32_t head_dim = 0;      // D
+  std::int64_t page_stride = 0;   // elements; K and V alike
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
 
@@ -58,10 +58,10 @@ struct PagedKvView {
   }
 };
 
-/// Mean keys of one layer, one record per (physical page, KV head): method.md section 2.
+/// Mean keys of one layer, one record per (physical page, KV head): docs/design/method.md section 2.
 struct PageSummaryView {
-  const float* mean_k = nullptr;          // [num_pages, Hkv, D]  mean of K as stored in the cache, after RoPE
-  const std::int32_t* count = nullptr;    // [num_pages]          tokens that the mean covers
+  const float* mean_k = nullptr;        // [num_pages, Hkv, D]  mean of K as stored in the cache, after RoPE
+  const std::int32_t* count = nullptr;  // [num_pages]          tokens that the mean covers
   std::int32_t num_pages = 0;
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;
@@ -73,16 +73,16 @@ struct PageSummaryView {
 
 /// One request's part of a step: a chunk of C query tokens that attends to L = S + C context tokens.
 struct ChunkView {
-  std::int32_t q_begin = 0;                   // first row of the chunk in Q and O
-  std::int32_t chunk_tokens = 0;              // C; 0 is allowed and does nothing
-  std::int32_t chunk_start = 0;               // S, absolute position of the first query
-  const std::int32_t* page_table = nullptr;   // [ceil(L / P)] physical page of each logical page
+  std::int32_t q_begin = 0;                  // first row of the chunk in Q and O
+  std::int32_t chunk_tokens = 0;             // C; 0 is allowed and does nothing
+  std::int32_t chunk_start = 0;              // S, absolute position of the first query
+  const std::int32_t* page_table = nullptr;  // [ceil(L / P)] physical page of each logical page
 
-  [[nodiscard]] std::int32_t context_tokens() const noexcept { return chunk_start + chunk_tokens; }          // L
-  [[nodiscard]] std::int32_t num_past_pages(std::int32_t page_tokens) const noexcept {                       // Np
+  [[nodiscard]] std::int32_t context_tokens() const noexcept { return chunk_start + chunk_tokens; }  // L
+  [[nodiscard]] std::int32_t num_past_pages(std::int32_t page_tokens) const noexcept {               // Np
     return chunk_start / page_tokens;
   }
-  [[nodiscard]] std::int32_t num_pages(std::int32_t page_tokens) const noexcept {                            // Kb
+  [[nodiscard]] std::int32_t num_pages(std::int32_t page_tokens) const noexcept {  // Kb
     return (context_tokens() + page_tokens - 1) / page_tokens;
   }
 };

@@ -1,4 +1,4 @@
-// When to read every page: the crossover to dense (method.md 5.3 and 7). Pure integer functions.
+// When to read every page: the crossover to dense (docs/design/method.md 5.3 and 7). Pure integer functions.
 #include <fmt/format.h>
 
 #include <utility>
@@ -8,7 +8,7 @@
 namespace compact {
 namespace {
 
-// Unit = 1/1024 of a 128 x 128 tile step. Start values of method.md 5.3.
+// Unit = 1/1024 of a 128 x 128 tile step. Start values of docs/design/method.md 5.3.
 constexpr std::int64_t kTileTokens = 128;
 constexpr std::int64_t kTileCost = 1024;   // scores and values of 128 rows with 128 keys
 constexpr std::int64_t kTileOverhead = 2;  // tile steps that an M-tile pays once: load Q, normalise, store O
@@ -74,7 +74,7 @@ DenseReason crossover_before_selection(const CrossoverPolicy& policy, const Chun
 }
 
 // cost = M (n t_tile + o_item t_tile) + n t_page + t_unit with n in tiles of 128 list tokens: for P = 128 the formula
-// of method.md 5.3 as it stands; other page sizes pay by the token.
+// of docs/design/method.md 5.3 as it stands; other page sizes pay by the token.
 std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
                        std::int32_t page_tokens) noexcept {
   if (q_len <= 0) return 0;

@@ -16,8 +16,8 @@ namespace HWY_NAMESPACE {
 
 /// 2^x for x <= 127: relative error below 1.5e-7, exactly 1 at 0, exactly 0 below -126 and at -inf, NaN at NaN.
 ///
-/// 2^x = 2^n (1 + c1 f + .. + c6 f^6), n = round(x), |f| <= 1/2; the coefficients minimise the relative error with value
-/// 1 at f = 0. A degree less costs 4.3e-7, more than the rounding of the sums it goes into.
+/// 2^x = 2^n (1 + c1 f + .. + c6 f^6), n = round(x), |f| <= 1/2; the coefficients minimise the relative error with
+/// value 1 at f = 0. A degree less costs 4.3e-7, more than the rounding of the sums it goes into.
 template <class D, class V = hwy::HWY_NAMESPACE::Vec<D>>
 HWY_INLINE V fast_exp2(D d, V x) {
   namespace hn = hwy::HWY_NAMESPACE;

@@ -26,7 +26,7 @@ struct ThreadPool::State {
   std::mutex mutex;
   std::condition_variable work_ready;
   std::condition_variable work_done;
-  std::int64_t generation = 0;        // grows by one per parallel_for; workers wait for a change
+  std::int64_t generation = 0;  // grows by one per parallel_for; workers wait for a change
   std::int32_t workers_running = 0;
   bool stopping = false;
 

@@ -1,5 +1,5 @@
 /// Arithmetic of page means, fixed to the order of additions so that chunking, threads and backends give the same
-/// bits (method.md section 2.2). A page of P tokens is cut into granules of w tokens:
+/// bits (docs/design/method.md section 2.2). A page of P tokens is cut into granules of w tokens:
 ///
 ///   granule sum   fp32, tokens in ascending order, one after the other, from 0
 ///   page sum      granule sums in ascending order

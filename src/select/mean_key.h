@@ -1,5 +1,5 @@
-/// The mean-key rule, shared by its reference and its CPU form (method.md 3.5; FlashPrefill, arXiv 2603.06199, and v2,
-/// arXiv 2608.19758).
+/// The mean-key rule, shared by its reference and its CPU form (docs/design/method.md 3.5; FlashPrefill, arXiv
+/// 2603.06199, and v2, arXiv 2608.19758).
 ///
 ///   a[r,j]   = s * q_r . mean_k[j]                     r = (token, head) of the tile, page j visible to r
 ///   row norm:  E[j] = mean over r of exp(a[r,j]) / sum over visible j' of exp(a[r,j'])

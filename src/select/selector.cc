@@ -26,8 +26,8 @@ struct Preset {
   MeanKeyOptions options;
 };
 
-// Rules as published, without their dense tails. alpha depends on model and length (method.md 3.5): these are the
-// values given for Llama-3.1-8B.
+// Rules as published, without their dense tails. alpha depends on model and length (docs/design/method.md 3.5): these
+// are the values given for Llama-3.1-8B.
 constexpr Preset kMeanKeyPresets[] = {
     {"mean-key", MeanKeyOptions{}},
     // CompactAttention, arXiv 2605.16839: the v1 score before a union over the chunk.

@@ -1,4 +1,5 @@
-// Masks -> unions -> page lists, 64 pages a word (method.md 5.1, 5.2 mode `paper`, 5.5, forced pages of section 4).
+// Masks -> unions -> page lists, 64 pages a word (docs/design/method.md 5.1, 5.2 mode `paper`, 5.5, forced pages of
+// section 4).
 //
 // Two parallel passes over units with one prefix sum between them: OR the member rows and count, then emit each list
 // into its own region. Integer work throughout: any number of threads gives the same lists.

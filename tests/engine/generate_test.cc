@@ -61,7 +61,8 @@ TEST_F(Generate, StopsAtAnEndTokenAndLeavesItOut) {
   const auto free_run = run()->tokens;
   options_.end_tokens = {free_run[2]};
   const auto stopped = run();
-  const std::size_t expected = static_cast<std::size_t>(std::find(free_run.begin(), free_run.end(), free_run[2]) - free_run.begin());
+  const std::size_t expected =
+      static_cast<std::size_t>(std::find(free_run.begin(), free_run.end(), free_run[2]) - free_run.begin());
   EXPECT_EQ(stopped->tokens.size(), expected);
   EXPECT_TRUE(stopped->stopped_by_end_token);
 }
@@ -69,14 +70,14 @@ TEST_F(Generate, StopsAtAnEndTokenAndLeavesItOut) {
 TEST_F(Generate, StopsWhenPositionsOrPagesRunOut) {
   prompt_.resize(0);
   for (std::int32_t i = 0; i < 510; ++i) prompt_.push_back(i % 96);
-  options_.max_tokens = 50;   // the model has 512 positions: tokens 511 and 512 are fed back, one more is sampled
+  options_.max_tokens = 50;  // the model has 512 positions: tokens 511 and 512 are fed back, one more is sampled
   auto result = run();
   ASSERT_TRUE(result.ok()) << result.status().message();
   EXPECT_EQ(result->tokens.size(), 3U);
   EXPECT_FALSE(result->stopped_by_end_token);
 
   prompt_.resize(200);
-  options_.kv_pages = 13;   // 208 tokens: 8 fed back, one more sampled
+  options_.kv_pages = 13;  // 208 tokens: 8 fed back, one more sampled
   result = run();
   ASSERT_TRUE(result.ok()) << result.status().message();
   EXPECT_EQ(result->tokens.size(), 9U);
@@ -155,9 +156,9 @@ TEST(Sampler, NucleusAndTopKDropTheTail) {
 }
 
 TEST(Sampler, RangesAreChecked) {
-  for (const SamplingOptions& options : {SamplingOptions{std::numeric_limits<float>::quiet_NaN(), 1, 0, 0},
-                                         SamplingOptions{1, 0, 0, 0}, SamplingOptions{1, 1.5F, 0, 0},
-                                         SamplingOptions{1, 1, -1, 0}}) {
+  for (const SamplingOptions& options :
+       {SamplingOptions{std::numeric_limits<float>::quiet_NaN(), 1, 0, 0}, SamplingOptions{1, 0, 0, 0},
+        SamplingOptions{1, 1.5F, 0, 0}, SamplingOptions{1, 1, -1, 0}}) {
     EXPECT_EQ(Sampler::create(options).status().code(), StatusCode::kInvalidArgument);
   }
 }
@@ -211,8 +212,8 @@ TEST(Report, PictureShowsEveryPageThatWasRead) {
     for (std::size_t at = svg.find(color); at != std::string::npos; at = svg.find(color, at + 1)) ++found;
     return found;
   };
-  EXPECT_EQ(count("#2f6fb5"), 2U);   // legend and one past page
-  EXPECT_EQ(count("#9aa5b1"), 3U);   // legend and the pages of each chunk
+  EXPECT_EQ(count("#2f6fb5"), 2U);  // legend and one past page
+  EXPECT_EQ(count("#9aa5b1"), 3U);  // legend and the pages of each chunk
 }
 
 TEST(DemoPrompt, HidesFactsAndAsksForOne) {
@@ -248,7 +249,7 @@ TEST(Files, WholeOrNotAtAll) {
   EXPECT_EQ(read_text_file(directory).status().code(), StatusCode::kIoError);
   EXPECT_EQ(check_writable(directory / "no" / "such").code(), StatusCode::kIoError);
   EXPECT_EQ(write_text_file(directory / "no" / "such", "x").code(), StatusCode::kIoError);
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory), {}), 1);   // no temporary is left
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory), {}), 1);  // no temporary is left
   std::filesystem::remove_all(directory);
 }
 

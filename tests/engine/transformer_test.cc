@@ -91,17 +91,20 @@ TEST(Transformer, PrefixReuseGivesTheBitsOfAColdRun) {
   const ModelConfig& config = model.config();
   const auto prompt = prompt_of(model, 300);
   ThreadPool pool;
-  for (const std::int32_t shared : {96, 128, 200}) {   // inside a page of 64, at its end, inside another
-    auto attention = ChunkAttention::create(with_selector("mean-key"), config.num_hidden_layers,
-                                            config.num_attention_heads, config.num_key_value_heads, model.softmax_scale());
+  for (const std::int32_t shared : {96, 128, 200}) {  // inside a page of 64, at its end, inside another
+    auto attention =
+        ChunkAttention::create(with_selector("mean-key"), config.num_hidden_layers, config.num_attention_heads,
+                               config.num_key_value_heads, model.softmax_scale());
     ASSERT_TRUE(attention.ok());
     auto cache = PagedKvCache::create({config.num_hidden_layers, config.num_key_value_heads, config.head_dim, 64, 20,
                                        DType::kBF16, KvLayout::kHnd, true});
     ASSERT_TRUE(cache.ok());
     const auto forward = [&](RequestId request, std::int32_t begin, std::int32_t end) {
       std::vector<float> logits;
-      const auto tokens = std::span(prompt).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-      const Status status = model.forward(tokens, request, false, LogitsOf::kAllTokens, *cache, *attention, pool, logits);
+      const auto tokens =
+          std::span(prompt).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+      const Status status =
+          model.forward(tokens, request, false, LogitsOf::kAllTokens, *cache, *attention, pool, logits);
       EXPECT_TRUE(status.ok()) << status.message();
       return logits;
     };
@@ -138,7 +141,7 @@ TEST(Transformer, BadInputIsNamed) {
   EXPECT_NE(status.message().find("needs 513 positions"), std::string::npos) << status.message();
 
   SparsityOptions indivisible = with_selector("mean-key");
-  indivisible.heads_per_unit = 2;   // G is 7
+  indivisible.heads_per_unit = 2;  // G is 7
   EXPECT_EQ(ChunkAttention::create(indivisible, 2, 7, 1, 1.0F).status().code(), StatusCode::kInvalidArgument);
 }
 
@@ -147,14 +150,14 @@ TEST(Layers, RmsNormByHand) {
   const std::vector<float> x = {3, 4};
   const std::vector<float> weight = {1, 2};
   std::vector<float> out(2);
-  rms_norm(x.data(), weight.data(), 0, 1, 2, out.data(), pool);   // rms = sqrt(12.5)
+  rms_norm(x.data(), weight.data(), 0, 1, 2, out.data(), pool);  // rms = sqrt(12.5)
   EXPECT_FLOAT_EQ(out[0], 3 / std::sqrt(12.5F));
   EXPECT_FLOAT_EQ(out[1], 8 / std::sqrt(12.5F));
 }
 
 TEST(Layers, RopeRotatesPairsHalfAHeadApart) {
   ThreadPool pool(1);
-  std::vector<float> x = {1, 0, 0, 1};   // pairs (0, 2) and (1, 3)
+  std::vector<float> x = {1, 0, 0, 1};  // pairs (0, 2) and (1, 3)
   const float quarter_turn = std::acos(-1.0F) / 2;
   apply_rope(make_rope_table({quarter_turn, 0}, 1, 1), contiguous_rows(x.data(), 1, 1, 4), pool);
   EXPECT_NEAR(x[0], 0, 1e-6F);

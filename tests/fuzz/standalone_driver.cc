@@ -16,9 +16,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <charconv>
 #include <chrono>
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -159,8 +159,7 @@ class Mutator {
   void insert_random(Bytes& input) {
     // Repeats of one byte find what depth and length limits miss; the characters are those with a meaning in text.
     static constexpr std::string_view kMeaningful = "{}[]\",:\\0-9.e \n\t<>|/u\xff\x80\xc3";
-    const std::uint8_t value =
-        below(2) ? byte() : static_cast<std::uint8_t>(kMeaningful[below(kMeaningful.size())]);
+    const std::uint8_t value = below(2) ? byte() : static_cast<std::uint8_t>(kMeaningful[below(kMeaningful.size())]);
     input.insert(input.begin() + position(input), below(16) == 0 ? below(2000) : 1 + below(8), value);
   }
 
@@ -171,9 +170,26 @@ class Mutator {
   }
 
   std::uint64_t interesting() {
-    static constexpr std::array<std::uint64_t, 20> kValues = {
-        0, 1, 2, 7, 8, 16, 127, 128, 255, 256, 32767, 65535, 65536, 100'000'000, 0x7fffffff, 0x80000000, 0xffffffff,
-        0x7fffffffffffffff, 0x8000000000000000, 0xffffffffffffffff};
+    static constexpr std::array<std::uint64_t, 20> kValues = {0,
+                                                              1,
+                                                              2,
+                                                              7,
+                                                              8,
+                                                              16,
+                                                              127,
+                                                              128,
+                                                              255,
+                                                              256,
+                                                              32767,
+                                                              65535,
+                                                              65536,
+                                                              100'000'000,
+                                                              0x7fffffff,
+                                                              0x80000000,
+                                                              0xffffffff,
+                                                              0x7fffffffffffffff,
+                                                              0x8000000000000000,
+                                                              0xffffffffffffffff};
     return kValues[below(kValues.size())] + below(3) - 1;
   }
 
@@ -299,8 +315,8 @@ int main(int argc, char** argv) {
     return 2;
   }
 
-  std::printf("fuzz: %zu corpus files, seed %llu, %g s\n", corpus.size(),
-              static_cast<unsigned long long>(options.seed), options.seconds);
+  std::printf("fuzz: %zu corpus files, seed %llu, %g s\n", corpus.size(), static_cast<unsigned long long>(options.seed),
+              options.seconds);
   std::fflush(stdout);
   for (const Bytes& input : corpus) run_one(input);
 

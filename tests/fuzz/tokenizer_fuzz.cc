@@ -1,6 +1,6 @@
-// Input: a tokenizer.json, a zero byte, a text. The file must be read or refused, never crash; where it is read, the text
-// must encode to ids that decode to the same bytes if nothing in the file may change them. A text alone (no zero byte)
-// goes through UTF-8 scanning and streaming.
+// Input: a tokenizer.json, a zero byte, a text. The file must be read or refused, never crash; where it is read, the
+// text must encode to ids that decode to the same bytes if nothing in the file may change them. A text alone (no zero
+// byte) goes through UTF-8 scanning and streaming.
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -41,7 +41,8 @@ void check_tokenizer(std::string_view json, std::string_view text) {
   const compact::Result<std::vector<int32_t>> plain = tokenizer->encode(text, false);
   if (!plain.ok() || !ids.ok()) return;
   for (const int32_t id : *ids) require(id >= 0 && id < tokenizer->vocab_size());
-  const bool may_change_text = json.find("NFC") != std::string_view::npos || json.find('\\') != std::string_view::npos ||
+  const bool may_change_text = json.find("NFC") != std::string_view::npos ||
+                               json.find('\\') != std::string_view::npos ||
                                json.find("add_prefix_space\":false") == std::string_view::npos;
   if (!may_change_text) require(tokenizer->decode(*plain, false) == text);
 }

@@ -1,5 +1,5 @@
 /// Union and page lists written as plainly as possible: one std::set of pages per unit. The oracle of the property test
-/// and of the fuzzer (method.md 8.1, O3).
+/// and of the fuzzer (docs/design/method.md 8.1, O3).
 #pragma once
 
 #include <cstdint>

@@ -32,7 +32,7 @@ std::string describe(const PagedKvOptions& o) {
                      o.num_layers, o.num_pages, dtype_name(o.dtype), o.layout == KvLayout::kHnd ? "HND" : "NHD");
 }
 
-// Mean of stored values in the defined order, written as plainly as it can be: method.md section 2.2.
+// Mean of stored values in the defined order, written as plainly as it can be: docs/design/method.md section 2.2.
 float naive_mean(const std::vector<float>& values, std::int32_t page_tokens) {
   const auto granule = static_cast<std::size_t>(std::min(32, page_tokens));
   float page_sum = 0.0F;

@@ -1,4 +1,4 @@
-// Properties of selection and union over random steps; the ids are those of method.md 8.4.
+// Properties of selection and union over random steps; the ids are those of docs/design/method.md 8.4.
 #include <gtest/gtest.h>
 
 #include <algorithm>

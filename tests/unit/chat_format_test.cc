@@ -93,8 +93,9 @@ TEST(ChatFormat, IsDetectedFromTheCheckpoint) {
   EXPECT_EQ(load_chat_format(dir.path()).value(), ChatFormat::kNone);
   dir.write("tokenizer_config.json", R"({"chat_template": "{{ '<|start_header_id|>' }} {{ '<|eot_id|>' }}"})");
   EXPECT_EQ(load_chat_format(dir.path()).value(), ChatFormat::kLlama3);
-  dir.write("tokenizer_config.json",
-            R"({"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": "<|im_start|><|im_end|>"}]})");
+  dir.write(
+      "tokenizer_config.json",
+      R"({"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": "<|im_start|><|im_end|>"}]})");
   EXPECT_EQ(load_chat_format(dir.path()).value(), ChatFormat::kChatMl);
   dir.write("chat_template.jinja", "<|im_start|> <|im_end|> {% if enable_thinking is false %}");
   EXPECT_EQ(load_chat_format(dir.path()).value(), ChatFormat::kQwen3);

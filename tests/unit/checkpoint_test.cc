@@ -128,9 +128,9 @@ TEST(Checkpoint, RefusesATensorOutsideThePromisedShard) {
 TEST(Checkpoint, RefusesATensorInTwoShards) {
   const TempDir dir;
   write_two_shards(dir);
-  dir.write(kShard2,
-            safetensors_bytes(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-                              R"("b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})", 8));
+  dir.write(kShard2, safetensors_bytes(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
+                                       R"("b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
+                                       8));
   EXPECT_THAT(open_error(dir), AllOf(HasSubstr("\"a\" is in two shards"), HasSubstr(kShard1), HasSubstr(kShard2)));
 }
 

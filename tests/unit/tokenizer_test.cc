@@ -39,11 +39,12 @@ Json small_tokenizer() {
   vocab["hello"] = kHello;
   vocab["\u0120h"] = kSpaceH;
   const auto added = [](int32_t id, const char* content, bool special) {
-    return Json{{"id", id},        {"content", content}, {"single_word", false}, {"lstrip", false},
+    return Json{{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
                 {"rstrip", false}, {"normalized", false}, {"special", special}};
   };
   return Json{
-      {"added_tokens", {added(kBegin, "<|begin_of_text|>", true), added(kEot, "<|eot_id|>", true), added(kTool, "<tool>", false)}},
+      {"added_tokens",
+       {added(kBegin, "<|begin_of_text|>", true), added(kEot, "<|eot_id|>", true), added(kTool, "<tool>", false)}},
       {"normalizer", nullptr},
       {"pre_tokenizer",
        {{"type", "Sequence"},
@@ -52,8 +53,12 @@ Json small_tokenizer() {
           {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", false}}}}}},
       {"post_processor",
        {{"type", "TemplateProcessing"},
-        {"single", {{{"SpecialToken", {{"id", "<|begin_of_text|>"}, {"type_id", 0}}}}, {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
-        {"special_tokens", {{"<|begin_of_text|>", {{"id", "<|begin_of_text|>"}, {"ids", {kBegin}}, {"tokens", {"<|begin_of_text|>"}}}}}}}},
+        {"single",
+         {{{"SpecialToken", {{"id", "<|begin_of_text|>"}, {"type_id", 0}}}},
+          {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}},
+        {"special_tokens",
+         {{"<|begin_of_text|>",
+           {{"id", "<|begin_of_text|>"}, {"ids", {kBegin}}, {"tokens", {"<|begin_of_text|>"}}}}}}}},
       {"decoder", {{"type", "ByteLevel"}}},
       {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", {"h e", "l l", "he ll", "\u0120 h"}}}}};
 }
@@ -113,7 +118,8 @@ TEST(Tokenizer, PutsTheTemplateAroundTheText) {
 TEST(Tokenizer, RecognisesSpecialTokensInControlTextOnly) {
   const Tokenizer tokenizer = make(small_tokenizer());
   EXPECT_EQ(encode(tokenizer, "a<|eot_id|>b"), (Ids{'a', kEot, 'b'}));
-  const std::vector<TextSegment> segments = {{"<|eot_id|>", true}, {"<|eot_id|><tool>", false}, {"<|eot_", false}, {"id|>", true}};
+  const std::vector<TextSegment> segments = {
+      {"<|eot_id|>", true}, {"<|eot_id|><tool>", false}, {"<|eot_", false}, {"id|>", true}};
   const Ids ids = tokenizer.encode_segments(segments, false).value();
   EXPECT_EQ(std::count(ids.begin(), ids.end(), kEot), 1);
   EXPECT_EQ(std::count(ids.begin(), ids.end(), kTool), 1);
@@ -290,13 +296,15 @@ TEST(Tokenizer, HasTheTokensOfAChatFormatOrSaysWhichIsMissing) {
 }
 
 TEST(RegexDialect, RefusesWhatTheEnginesReadDifferently) {
-  for (const char* pattern : {R"(\w)", R"(\b)", R"(\h)", R"(\K)", R"(\x41)", R"(\p{Han})", R"(\1)", "^a", "a$", "[a[b]]", "[a&&b]",
-                              "(?<n>a)", "(?i)a", "(?<=a)b", "a{2}+", "a{2}?", "a**", "a{1,2}{3}", "*a", "(?=a)*", "a{,3}",
-                              "(?i:ss)", "(?i:fi)", "(?i:\u00e9)", "(?i:[a])", "(?i:.)", R"([\P{L}])", "a{1,2000}"}) {
+  for (const char* pattern : {R"(\w)",   R"(\b)",   R"(\h)",       R"(\K)",     R"(\x41)", R"(\p{Han})", R"(\1)",
+                              "^a",      "a$",      "[a[b]]",      "[a&&b]",    "(?<n>a)", "(?i)a",      "(?<=a)b",
+                              "a{2}+",   "a{2}?",   "a**",         "a{1,2}{3}", "*a",      "(?=a)*",     "a{,3}",
+                              "(?i:ss)", "(?i:fi)", "(?i:\u00e9)", "(?i:[a])",  "(?i:.)",  R"([\P{L}])", "a{1,2000}"}) {
     const Result<std::string> translated = translate_regex(pattern);
     EXPECT_EQ(translated.status().code(), StatusCode::kUnsupported) << pattern;
   }
-  for (const char* pattern : {"(a", "a)", "[a", "[]", "a\\", R"(\p)", R"(\p{L)", R"(\x{})", R"(\x{110000})", R"(\ud800)", R"(\u12)", "[b-a]", "a{3,1}", "\xFF"}) {
+  for (const char* pattern : {"(a", "a)", "[a", "[]", "a\\", R"(\p)", R"(\p{L)", R"(\x{})", R"(\x{110000})",
+                              R"(\ud800)", R"(\u12)", "[b-a]", "a{3,1}", "\xFF"}) {
     EXPECT_EQ(translate_regex(pattern).status().code(), StatusCode::kIoError) << pattern;
   }
 }

@@ -12,7 +12,8 @@ namespace {
 using namespace std::string_literals;
 
 TEST(Utf8, TakesSequencesAtTheEdgesOfEachLength) {
-  for (const uint32_t code_point : {0x0u, 0x7Fu, 0x80u, 0x7FFu, 0x800u, 0xD7FFu, 0xE000u, 0xFFFFu, 0x10000u, 0x10FFFFu}) {
+  for (const uint32_t code_point :
+       {0x0u, 0x7Fu, 0x80u, 0x7FFu, 0x800u, 0xD7FFu, 0xE000u, 0xFFFFu, 0x10000u, 0x10FFFFu}) {
     std::string bytes;
     append_utf8(code_point, bytes);
     EXPECT_EQ(utf8_sequence_bytes(bytes), static_cast<int32_t>(bytes.size())) << std::hex << code_point;
@@ -32,7 +33,9 @@ TEST(Utf8, FindsTheValidPrefix) {
   EXPECT_EQ(utf8_valid_prefix_bytes(""), 0u);
   EXPECT_EQ(utf8_valid_prefix_bytes("0123456789abcdef\xC3\xA9"), 18u);
   EXPECT_EQ(utf8_valid_prefix_bytes("0123456789abcdef\xC3"), 16u);
-  EXPECT_EQ(utf8_valid_prefix_bytes("01234\xFF" "6789abcdef"), 5u);
+  EXPECT_EQ(utf8_valid_prefix_bytes("01234\xFF"
+                                    "6789abcdef"),
+            5u);
 }
 
 // Unicode 15, table 3-8 and its neighbours: one U+FFFD per maximal part that could have begun a character.
@@ -42,12 +45,12 @@ TEST(Utf8Stream, ReplacesMaximalIllFormedParts) {
     std::string shown;
   };
   const std::string r = "\xEF\xBF\xBD";
-  for (const Case& c : std::vector<Case>{
-           {"\xC0\xAF\xE0\x80\xBF\xF0\x81\x82\x41", r + r + r + r + r + r + r + r + "A"},
-           {"\xED\xA0\x80\xED\xBF\xBF\xED\xAF\x41", r + r + r + r + r + r + r + r + "A"},
-           {"\xF4\x91\x92\x93\xFF\x41\x80\xBF\x42", r + r + r + r + r + "A" + r + r + "B"},
-           {"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF\x41", r + r + r + r + "A"},
-           {"a\xE2\x82", "a" + r}}) {
+  for (const Case& c :
+       std::vector<Case>{{"\xC0\xAF\xE0\x80\xBF\xF0\x81\x82\x41", r + r + r + r + r + r + r + r + "A"},
+                         {"\xED\xA0\x80\xED\xBF\xBF\xED\xAF\x41", r + r + r + r + r + r + r + r + "A"},
+                         {"\xF4\x91\x92\x93\xFF\x41\x80\xBF\x42", r + r + r + r + r + "A" + r + r + "B"},
+                         {"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF\x41", r + r + r + r + "A"},
+                         {"a\xE2\x82", "a" + r}}) {
     Utf8Stream at_once;
     std::string whole = at_once.push(c.bytes);
     whole += at_once.finish();
