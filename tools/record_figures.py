@@ -75,14 +75,14 @@ def demo_table(figures: dict) -> str:
 
 
 def accuracy_table(rows: list) -> str:
-    lines = ["| task | tokens | samples | dense | mean-key | density | union inflation | attention, dense / mean-key |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | tokens | samples | dense | mean-key | density | union inflation |", "|---|---|---|---|---|---|---|"]
     dense = {(row["task"], row["tokens"]): row for row in rows if row["selector"] == "dense"}
     for row in rows:
         if row["selector"] == "dense":
             continue
         base = dense[row["task"], row["tokens"]]
         lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {base['accuracy']:.1f} | {row['accuracy']:.1f} | "
-                     f"{row['density']:.3f} | {row['union_inflation']:.2f} | {base['attention_seconds'] / row['attention_seconds']:.1f}x |")
+                     f"{row['density']:.3f} | {row['union_inflation']:.2f} |")
     return "\n".join(lines)
 
 
