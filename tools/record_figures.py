@@ -88,7 +88,7 @@ def accuracy_table(rows: list) -> str:
 
 def attention_table(figures: dict) -> str:
     sgemm = figures["sgemm"]
-    lines = [f"sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
+    lines = [f"Rates of this shared machine drift by 15 % and more within a run. sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
     lines += [f"| {row['name']} | {row['gflops']:.0f} | {row['gflops_best']:.0f} | {row['share_of_sgemm']:.0%} |" for row in figures["attention"]]
     return "\n".join([*lines, "", made_by(figures)])
 
@@ -108,7 +108,9 @@ def tables() -> None:
         text = accuracy_table(accuracy)
         replace_block(ROOT / "README.md", "accuracy", text)
         replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
-        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`", "", text, ""]
+        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`", "", text, "",
+                     "`tools/demo_model/evaluate_engine.py --json benchmarks/results/demo_accuracy.json` (its options: the table). "
+                     "Times in that file were taken on a busy machine and stand in no table.", ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     if demo:
