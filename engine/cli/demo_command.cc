@@ -30,9 +30,12 @@ struct DemoFlags {
   GenerateFlags generate;
 };
 
+std::string text_path(const DemoFlags& flags) {
+  return flags.text_file.empty() ? flags.model_directory + "/haystack.txt" : flags.text_file;
+}
+
 Result<HaystackPrompt> make_prompt(const DemoFlags& flags, const LoadedModel& model) {
-  const std::string file = flags.text_file.empty() ? flags.model_directory + "/haystack.txt" : flags.text_file;
-  CA_ASSIGN_OR_RETURN(const std::string text, read_text_file(file));
+  CA_ASSIGN_OR_RETURN(const std::string text, read_text_file(text_path(flags)));
   if (flags.question.empty()) return make_haystack_prompt(text, flags.tokens, flags.demo_seed, model.tokenizer);
   HaystackPrompt prompt;
   prompt.question = flags.question;
@@ -123,8 +126,7 @@ Status demo(const DemoFlags& flags) {
   compact_options.sparsity.trace_pages = true;
 
   CA_ASSIGN_OR_RETURN(const auto prompt_tokens, encode_prompt(model, prompt.text));
-  const std::string source = flags.text_file.empty() ? flags.model_directory + "/haystack.txt" : flags.text_file;
-  fmt::print("{:<17}{}, {} tokens{}\n{:<17}{}\n", "text", source, with_thousands(std::ssize(prompt_tokens)),
+  fmt::print("{:<17}{}, {} tokens{}\n{:<17}{}\n", "text", text_path(flags), with_thousands(std::ssize(prompt_tokens)),
              prompt.num_needles > 0 ? fmt::format(", {} facts hidden in them", prompt.num_needles) : "", "question",
              prompt.question);
   if (!prompt.expected.empty()) fmt::print("{:<17}{}\n", "expected", prompt.expected);

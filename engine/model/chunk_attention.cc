@@ -3,9 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <span>
 #include <utility>
+
+#include "engine/model/stopwatch.h"
 
 namespace compact::engine {
 namespace {
@@ -14,13 +15,13 @@ namespace {
 class StageTimer {
  public:
   explicit StageTimer(double& total_seconds) : total_seconds_(total_seconds) {}
-  ~StageTimer() { total_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  ~StageTimer() { total_seconds_ += stopwatch_.seconds(); }
   StageTimer(const StageTimer&) = delete;
   StageTimer& operator=(const StageTimer&) = delete;
 
  private:
   double& total_seconds_;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  Stopwatch stopwatch_;
 };
 
 }  // namespace

@@ -3,12 +3,12 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cstdio>
 #include <optional>
 #include <system_error>
 #include <utility>
 
+#include "engine/model/stopwatch.h"
 #include "engine/text/utf8.h"
 
 namespace compact::engine {
@@ -66,13 +66,9 @@ Result<std::vector<std::int32_t>> encode_prompt(const LoadedModel& model, std::s
 
 Result<Answer> answer_prompt(const LoadedModel& model, std::string_view prompt, GenerateOptions options,
                              const std::function<void(std::string_view)>& on_text, ThreadPool& pool) {
-  const auto start = std::chrono::steady_clock::now();
-  const auto elapsed = [start] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-
+  const Stopwatch stopwatch;
   CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> tokens, encode_prompt(model, prompt));
-  const double encode_seconds = elapsed();
+  const double encode_seconds = stopwatch.seconds();
 
   Answer answer;
   Utf8Stream stream;
@@ -81,7 +77,9 @@ Result<Answer> answer_prompt(const LoadedModel& model, std::string_view prompt, 
     if (on_text && !text.empty()) on_text(text);
   };
   GenerateCallbacks callbacks;
-  callbacks.on_prefill = [&](std::int32_t done, std::int32_t total) { show_prefill_progress(done, total, elapsed()); };
+  callbacks.on_prefill = [&](std::int32_t done, std::int32_t total) {
+    show_prefill_progress(done, total, stopwatch.seconds());
+  };
   callbacks.on_token = [&](std::int32_t token) { emit(stream.push(model.tokenizer.decode(std::span(&token, 1)))); };
 
   options.end_tokens = model.end_tokens;

@@ -3,17 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "compact/paged_kv.h"
+#include "engine/model/stopwatch.h"
 
 namespace compact::engine {
 namespace {
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
 
 std::int32_t pages_for(std::int64_t tokens, std::int32_t page_tokens) {
   return static_cast<std::int32_t>((tokens + page_tokens - 1) / page_tokens);
@@ -78,7 +74,7 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
 
   const RequestId request = cache.add_request();
   std::vector<float> logits;
-  const auto prefill_start = std::chrono::steady_clock::now();
+  const Stopwatch prefill_stopwatch;
   for (std::size_t begin = 0; begin < prompt.size();) {
     const std::size_t chunk = std::min(prompt.size() - begin, static_cast<std::size_t>(options.chunk_tokens));
     const bool is_last = begin + chunk == prompt.size();
@@ -89,10 +85,10 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
     if (callbacks.on_prefill) callbacks.on_prefill(static_cast<std::int32_t>(begin), result.prompt_tokens);
   }
   std::int32_t token = sampler.sample(logits);
-  result.prefill_seconds = seconds_since(prefill_start);
+  result.prefill_seconds = prefill_stopwatch.seconds();
   result.layers = attention.take_reports();
 
-  const auto decode_start = std::chrono::steady_clock::now();
+  const Stopwatch decode_stopwatch;
   for (std::int64_t position = prompt_tokens;; ++position) {
     if (std::find(options.end_tokens.begin(), options.end_tokens.end(), token) != options.end_tokens.end()) {
       result.stopped_by_end_token = true;
@@ -107,7 +103,7 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
                                      attention, pool, logits));
     token = sampler.sample(logits);
   }
-  result.decode_seconds = seconds_since(decode_start);
+  result.decode_seconds = decode_stopwatch.seconds();
   CA_RETURN_IF_ERROR(cache.release(request));
   return result;
 }

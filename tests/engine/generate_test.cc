@@ -146,7 +146,7 @@ TEST(Sampler, NucleusAndTopKDropTheTail) {
   for (const bool by_k : {false, true}) {
     SamplingOptions options;
     options.temperature = 1;
-    (by_k ? options.top_p : options.top_p) = by_k ? 1.0F : 0.85F;
+    options.top_p = by_k ? 1.0F : 0.85F;
     options.top_k = by_k ? 2 : 0;
     Sampler sampler = Sampler::create(options).value();
     std::set<std::int32_t> seen;

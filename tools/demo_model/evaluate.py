@@ -124,20 +124,25 @@ def make_prompts(tokenizer, source, task, tokens, count, seed, limit):
     return prompts
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_prompt_arguments(parser):
+    """What is asked of which model; evaluate_engine.py asks the same."""
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=EVAL_TASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384])
     parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--json", type=pathlib.Path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_prompt_arguments(parser)
     parser.add_argument("--tau", nargs="*", type=float, default=[], help="mean-key thresholds beside dense")
     parser.add_argument("--no-dense", action="store_true")
-    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per row")
-    parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

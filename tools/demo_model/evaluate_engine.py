@@ -16,8 +16,8 @@ import tempfile
 
 from tokenizers import Tokenizer
 
-from data import EVAL_TASKS, Source
-from evaluate import LIMITS, make_prompts
+from data import Source
+from evaluate import LIMITS, add_prompt_arguments, make_prompts
 
 
 def run(arguments, prompt: pathlib.Path, out: pathlib.Path, selector: str, limit: int) -> dict:
@@ -32,15 +32,9 @@ def run(arguments, prompt: pathlib.Path, out: pathlib.Path, selector: str, limit
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compact", type=pathlib.Path, required=True, help="the executable")
-    parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--corpus", type=pathlib.Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=EVAL_TASKS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384])
-    parser.add_argument("--samples", type=int, default=200)
+    add_prompt_arguments(parser)
     parser.add_argument("--selectors", nargs="+", default=["dense", "mean-key"])
     parser.add_argument("--flags", nargs="*", default=[], help="further flags for `compact run`, after --flags")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     source = Source(arguments.corpus, "heldout")
