@@ -30,7 +30,7 @@ struct PagedKvOptions {
   std::int32_t num_pages = 0;      // pages shared by all requests
   DType dtype = DType::kF32;
   KvLayout layout = KvLayout::kHnd;
-  bool page_means = true;  // mean_k, for selectors that need it
+  SummaryFields summaries{.mean_k = true};  // what the selectors in use need
 };
 
 /// Names a live request of one cache. Ids are never reused.
@@ -74,7 +74,7 @@ class PagedKvCache {
   [[nodiscard]] Status extend(RequestId request, std::int32_t tokens);
 
   /// Stores K and V (post-RoPE) of the tokens [first_position, first_position + k.tokens) in one layer, rounds them
-  /// to the cache's dtype and continues the page means from the values as stored. k and v: [tokens, Hkv, D].
+  /// to the cache's dtype and continues the summaries from the values as stored. k and v: [tokens, Hkv, D].
   /// Errors: kInvalidArgument if the layer's next position is not first_position (a gap or a second write), if the
   /// tokens pass the request's length, or if a shape differs from the cache's.
   [[nodiscard]] Status write(RequestId request, std::int32_t layer, std::int32_t first_position, ConstRows k,
@@ -88,7 +88,7 @@ class PagedKvCache {
 
   /// An empty view for a layer out of range.
   [[nodiscard]] PagedKvView layer(std::int32_t layer) const noexcept;
-  /// mean_k is null when the cache was made without page means. The count of a page that two requests share and that is
+  /// A field is null when the cache was made without it. The record of a page that two requests share and that is
   /// incomplete may describe the other's tokens until the next `extend`: use complete pages only.
   [[nodiscard]] PageSummaryView summaries(std::int32_t layer) const noexcept;
 

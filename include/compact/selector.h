@@ -49,19 +49,48 @@ struct BlockMask {
              std::vector<QueryBlock> query_blocks);
 };
 
+/// Pages every query block reads, whatever the selector says. In tokens, rounded up to pages (docs/design/method.md
+/// section 4).
+struct ForcedPages {
+  std::int32_t sink_tokens = 256;
+  std::int32_t window_tokens = 512;  // counted back from each query block's first page, that page included
+};
+
+/// The past pages of a query block that are forced: [0, sink_end) and [window_begin, window_end), none at or above Np.
+struct ForcedRanges {
+  std::int32_t sink_end = 0;
+  std::int32_t window_begin = 0;
+  std::int32_t window_end = 0;
+
+  [[nodiscard]] bool contains(std::int32_t page) const noexcept {
+    return page < sink_end || (page >= window_begin && page < window_end);
+  }
+};
+[[nodiscard]] ForcedRanges forced_ranges(const ForcedPages& forced, const QueryBlock& block, std::int32_t page_tokens,
+                                         std::int32_t past_pages) noexcept;
+
+/// What a selector reads besides Q, the page tables and the token counts of pages.
+struct SelectorNeeds {
+  SummaryFields summaries;
+  bool k_cache = false;  ///< SelectInput::kv
+};
+
 struct SelectInput {
-  std::span<const ChunkView> chunks;  // [B]
-  ConstRows q;                        // [T, Hq, D]  post-RoPE
-  PageSummaryView summaries;          // of this layer
-  std::int32_t page_tokens = 0;       // P
-  float softmax_scale = 0;            // s
+  std::span<const ChunkView> chunks{};  // [B]
+  ConstRows q{};                        // [T, Hq, D]  post-RoPE
+  PageSummaryView summaries{};          // of this layer
+  std::int32_t page_tokens = 0;         // P
+  float softmax_scale = 0;              // s
+  PagedKvView kv{};        // of this layer, the chunks' own tokens appended; for selectors that need k_cache
+  std::int32_t layer = 0;  // whose thresholds apply
+  ForcedPages forced{};    // OR-ed into the lists later; budgets count them first
 };
 
 class Selector {
  public:
   virtual ~Selector() = default;
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
-  [[nodiscard]] virtual bool needs_page_means() const noexcept = 0;
+  [[nodiscard]] virtual SelectorNeeds needs() const noexcept = 0;
   /// Fills `mask` (reset included). Same input, same bits, for any number of threads.
   /// Errors: kInvalidArgument for inconsistent shapes, a missing summary, or one whose token count is not P on a
   /// past page (stale): a page is never left out silently.

@@ -58,7 +58,12 @@ struct PagedKvView {
   }
 };
 
-/// Mean keys of one layer, one record per (physical page, KV head): docs/design/method.md section 2.
+/// Which records a cache keeps per page beside K and V, and which ones a selector reads (docs/design/method.md 2.1).
+struct SummaryFields {
+  bool mean_k = false;  ///< mean key of a page
+};
+
+/// Summaries of one layer, one record per (physical page, KV head): docs/design/method.md section 2. Null: not kept.
 struct PageSummaryView {
   const float* mean_k = nullptr;        // [num_pages, Hkv, D]  mean of K as stored in the cache, after RoPE
   const std::int32_t* count = nullptr;  // [num_pages]          tokens that the mean covers

@@ -80,7 +80,7 @@ bool PageStore::plan_block(const PagedKvOptions& o, Plan& plan) noexcept {
   const auto mean = bounded_product({o.num_pages, o.num_kv_heads, o.head_dim, std::int64_t{sizeof(float)}});
   if (!kv || !mean) return false;
   plan.kv_layer_bytes = round_up(*kv, kAlignment);
-  plan.mean_layer_bytes = o.page_means ? round_up(*mean, kAlignment) : 0;
+  plan.mean_layer_bytes = o.summaries.mean_k ? round_up(*mean, kAlignment) : 0;
 
   const auto all_kv = bounded_product({o.num_layers, 2, plan.kv_layer_bytes});
   const auto all_means = bounded_product({o.num_layers, round_up(*mean, kAlignment)});
@@ -131,7 +131,7 @@ PagedKvView PageStore::kv(std::int32_t layer) const noexcept {
 }
 
 PageSummaryView PageStore::summaries(std::int32_t layer) const noexcept {
-  return {.mean_k = options_.page_means ? means(layer) : nullptr,
+  return {.mean_k = options_.summaries.mean_k ? means(layer) : nullptr,
           .count = counts(layer),
           .num_pages = options_.num_pages,
           .num_kv_heads = options_.num_kv_heads,
@@ -139,7 +139,7 @@ PageSummaryView PageStore::summaries(std::int32_t layer) const noexcept {
 }
 
 std::int64_t PageStore::sum_floats() const noexcept {
-  if (!options_.page_means) return 0;
+  if (!options_.summaries.mean_k) return 0;
   return std::int64_t{options_.page_tokens / granule_tokens(options_.page_tokens)} * options_.head_dim;
 }
 
@@ -155,7 +155,7 @@ void PageStore::store(std::int32_t layer, std::int32_t page, std::int32_t head, 
     store_rows<Bf16>(k, first_row, tokens, head, k_bytes(layer), offset, view.token_stride);
     store_rows<Bf16>(v, first_row, tokens, head, v_bytes(layer), offset, view.token_stride);
   }
-  if (options_.page_means) continue_mean(layer, page, head, first_token, tokens, sums);
+  if (options_.summaries.mean_k) continue_mean(layer, page, head, first_token, tokens, sums);
 }
 
 void PageStore::continue_mean(std::int32_t layer, std::int32_t page, std::int32_t head, std::int32_t first_token,

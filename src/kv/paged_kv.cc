@@ -119,7 +119,7 @@ struct PagedKvCache::Impl {
       const std::int32_t tokens = tail_tokens(request, layer);
       store.count(layer, page) = tokens;
       // A layer that has not reached this page still needs its running sums for an earlier one.
-      if (tokens == 0 || !options().page_means) continue;
+      if (tokens == 0 || !options().summaries.mean_k) continue;
       for (std::int32_t head = 0; head < options().num_kv_heads; ++head) {
         store.continue_mean(layer, page, head, 0, tokens, open_sums(request, layer, head));
       }

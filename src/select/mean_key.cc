@@ -103,7 +103,7 @@ Status check_mean_key_input(const SelectInput& input) {
     if (chunk.chunk_tokens == 0) continue;
     if (input.q.data == nullptr) return invalid_argument("mean-key: Q is null");
     if (summaries.mean_k == nullptr || summaries.count == nullptr) {
-      return invalid_argument("mean-key: the cache keeps no page means; create it with page_means");
+      return invalid_argument("mean-key: the cache keeps no page means; create it with summaries.mean_k");
     }
     if (chunk.page_table == nullptr) return invalid_argument(fmt::format("mean-key: chunk {} has no page table", b));
     const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);

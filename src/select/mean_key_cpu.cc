@@ -358,7 +358,7 @@ class MeanKeySelector final : public Selector {
  public:
   explicit MeanKeySelector(const MeanKeyOptions& options) : options_(options) {}
   [[nodiscard]] std::string_view name() const noexcept override { return "mean-key"; }
-  [[nodiscard]] bool needs_page_means() const noexcept override { return true; }
+  [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.summaries = {.mean_k = true}}; }
   [[nodiscard]] Status select(const SelectInput& input, BlockMask& mask, ThreadPool& pool) const override {
     return select_mean_key_cpu(input, options_, mask, pool);
   }

@@ -369,7 +369,7 @@ TEST_F(PagedKv, StartsArraysOnCacheLines) {
 
 TEST_F(PagedKv, WorksWithoutPageMeans) {
   PagedKvOptions options = small_options();
-  options.page_means = false;
+  options.summaries = {};
   PagedKvCache cache = make_cache(options);
   const RequestId request = cache.add_request();
   append(cache, request, rows_of(std::vector<float>(20, 1.0F)));

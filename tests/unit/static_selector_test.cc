@@ -43,9 +43,9 @@ TEST(StaticSelector, WantsNothing) {
 }
 
 TEST(Selectors, NeedPageMeansOnlyForMeanKey) {
-  EXPECT_FALSE(make_selector({.name = "dense", .mean_key = {}}).value()->needs_page_means());
-  EXPECT_FALSE(make_selector({.name = "static", .mean_key = {}}).value()->needs_page_means());
-  EXPECT_TRUE(make_selector({.name = "mean-key", .mean_key = {}}).value()->needs_page_means());
+  EXPECT_FALSE(make_selector({.name = "dense", .mean_key = {}}).value()->needs().summaries.mean_k);
+  EXPECT_FALSE(make_selector({.name = "static", .mean_key = {}}).value()->needs().summaries.mean_k);
+  EXPECT_TRUE(make_selector({.name = "mean-key", .mean_key = {}}).value()->needs().summaries.mean_k);
 }
 
 TEST(Selectors, UnknownNameListsTheKnown) {
