@@ -35,6 +35,8 @@ struct KvStepSpec {
   KvLayout layout = KvLayout::kHnd;
   SummaryFields summaries{.mean_k = true};
   std::int32_t append_tokens = 0;  // past tokens of one append; 0: all at once
+  std::int32_t first_kv_head = 0;  // of a larger model, whose other heads lie elsewhere
+  std::int32_t changed_from = std::numeric_limits<std::int32_t>::max();  // K and V are others from this position on
 
   [[nodiscard]] std::string describe() const {
     std::string text = "Hq " + std::to_string(q_heads) + " Hkv " + std::to_string(kv_heads) + " D " +
@@ -56,8 +58,10 @@ struct KvStepSpec {
 }
 
 [[nodiscard]] inline float query_value(const KvStepSpec& spec, std::uint64_t stream, std::int32_t position,
-                                       std::int32_t head, std::int32_t dim) {
-  const std::int32_t kv_head = head / (spec.q_heads / spec.kv_heads);
+                                       std::int32_t local_head, std::int32_t dim) {
+  const std::int32_t group = spec.q_heads / spec.kv_heads;
+  const std::int32_t head = local_head + spec.first_kv_head * group;
+  const std::int32_t kv_head = head / group;
   const std::uint64_t wish =
       mix(stream * 7919 + static_cast<std::uint64_t>(position / 40) * 64 + static_cast<std::uint64_t>(head));
   const auto topic = static_cast<std::int32_t>(wish % static_cast<std::uint64_t>(position / 48 + 1));
@@ -172,8 +176,9 @@ class KvStep {
       for (std::int32_t t = 0; t < tokens; ++t) {
         for (std::int32_t h = 0; h < spec_.kv_heads; ++h) {
           for (std::int32_t x = 0; x < spec_.head_dim; ++x) {
-            k.at(t, h, x) = key_value(1, chunk.stream, begin + t, h, x);
-            v.at(t, h, x) = key_value(2, chunk.stream, begin + t, h, x);
+            const std::uint64_t stream = chunk.stream + (begin + t >= spec_.changed_from ? 5000 : 0);
+            k.at(t, h, x) = key_value(1, stream, begin + t, spec_.first_kv_head + h, x);
+            v.at(t, h, x) = key_value(2, stream, begin + t, spec_.first_kv_head + h, x);
           }
         }
       }

@@ -32,12 +32,13 @@ struct PageMassInput {
 
 /// Masses of one layer and step.
 struct PageMass {
-  std::int32_t num_heads = 0;       // Hq
-  std::int32_t pages_per_row = 0;   // max over chunks of Np
-  std::vector<QueryBlock> blocks;   // [num_blocks]
-  std::vector<float> past;          // [Hq, num_blocks, pages_per_row]  past pages; 0 from Np on
-  std::vector<float> chunk;         // [Hq, num_blocks]  all pages of the chunk, boundary page included
-  std::int64_t nonfinite_rows = 0;  // rows with a NaN or +inf score: the masses of their block are NaN
+  std::int32_t num_heads = 0;      // Hq
+  std::int32_t pages_per_row = 0;  // max over chunks of Np
+  std::vector<QueryBlock> blocks;  // [num_blocks]
+  std::vector<float> past;         // [Hq, num_blocks, pages_per_row]  past pages; 0 from Np on
+  std::vector<float> chunk;        // [Hq, num_blocks]  all pages of the chunk, boundary page included
+  /// [Hq, num_blocks]  queries with a NaN or +inf score, or with -inf only; the masses of such a block are NaN.
+  std::vector<std::int32_t> nonfinite;
 
   [[nodiscard]] std::int64_t row_index(std::int32_t head, std::int32_t block) const noexcept {
     return std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block;

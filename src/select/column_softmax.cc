@@ -230,7 +230,7 @@ std::int32_t batch_columns(std::int32_t group_columns) {
 
 bool TileSoftmax::reserve(std::int32_t max_rows, std::int32_t max_depth, std::int32_t max_groups,
                           std::int32_t max_group_columns) {
-  const std::int64_t padded_rows = round_up(max_rows, kRowGroup);
+  const std::int64_t padded_rows = round_up(std::max(1, max_rows), kRowGroup);
   const std::int64_t panel_columns = round_up(std::max(kBatchColumns, batch_columns(max_group_columns)), kColumnBlock);
   const std::int64_t floats = padded_rows * (max_depth + panel_columns + 2 * std::int64_t{max_groups} + 5);
   memory_ = hwy::AllocateAligned<float>(static_cast<std::size_t>(floats));

@@ -89,7 +89,6 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
   mass.num_heads = input.q.heads;
   mass.blocks = make_query_blocks(input.chunks, input.block_tokens);
   mass.pages_per_row = 0;
-  mass.nonfinite_rows = 0;
   std::int32_t max_pages = 0;
   std::int32_t max_rows = 0;
   for (const QueryBlock& block : mass.blocks) {
@@ -101,6 +100,7 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
   const std::int64_t num_rows = std::int64_t{mass.num_heads} * static_cast<std::int64_t>(mass.blocks.size());
   mass.past.assign(static_cast<std::size_t>(num_rows * mass.pages_per_row), 0.0F);
   mass.chunk.assign(static_cast<std::size_t>(num_rows), 0.0F);
+  mass.nonfinite.assign(static_cast<std::size_t>(num_rows), 0);
   if (num_rows == 0) return {};
 
   std::vector<Scratch> scratch;
@@ -111,13 +111,12 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
       throw std::bad_alloc();
     }
   }
-  std::vector<std::int64_t> nonfinite(static_cast<std::size_t>(num_rows));
   pool.parallel_for(num_rows, [&](std::int64_t item, std::int32_t thread) {
     const auto num_blocks = static_cast<std::int64_t>(mass.blocks.size());
     const QueryBlock& block = mass.blocks[static_cast<std::size_t>(item % num_blocks)];
     float* past = mass.past.data() + item * mass.pages_per_row;
     float& chunk_mass = mass.chunk[static_cast<std::size_t>(item)];
-    std::int64_t& bad = nonfinite[static_cast<std::size_t>(item)];
+    std::int32_t& bad = mass.nonfinite[static_cast<std::size_t>(item)];
     for (std::int32_t first = 0; first < block.tokens; first += kMaxRows) {
       bad += add_tile(input, block, first, std::min(kMaxRows, block.tokens - first),
                       static_cast<std::int32_t>(item / num_blocks), scratch[static_cast<std::size_t>(thread)], past,
@@ -128,7 +127,6 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
     std::fill_n(past, chunk.num_past_pages(input.kv.page_tokens), std::numeric_limits<float>::quiet_NaN());
     chunk_mass = std::numeric_limits<float>::quiet_NaN();
   });
-  for (const std::int64_t rows : nonfinite) mass.nonfinite_rows += rows;
   return {};
 } catch (const std::bad_alloc&) {
   return out_of_memory("page mass: no memory for the masses and the threads' scratch");
