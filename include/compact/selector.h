@@ -37,6 +37,10 @@ struct BlockMask {
   std::vector<QueryBlock> blocks;    // [num_blocks]
   std::vector<std::uint64_t> words;  // [mask_heads, num_blocks, words_per_row]
   std::int64_t nonfinite_rows = 0;   // rows with NaN or +inf scores, or with -inf only; they keep all their pages
+  /// Selections of tokens turned into pages: (query, token) pairs of the past that were named, and pairs that the pages
+  /// bring in. Their ratio is what the pages cost; 0, 0 for selectors of pages.
+  std::int64_t named_row_tokens = 0;
+  std::int64_t kept_row_tokens = 0;
 
   [[nodiscard]] std::uint64_t* row(std::int32_t head, std::int32_t block) noexcept {
     return words.data() + (std::int64_t{head} * static_cast<std::int64_t>(blocks.size()) + block) * words_per_row;
@@ -105,6 +109,8 @@ struct HeadThresholds {
   }
 };
 
+struct ExternalMask;
+
 /// What a selector reads besides Q, the page tables and the token counts of pages.
 struct SelectorNeeds {
   SummaryFields summaries{};
@@ -120,6 +126,7 @@ struct SelectInput {
   PagedKvView kv{};        // of this layer, the chunks' own tokens appended; for selectors that need k_cache
   std::int32_t layer = 0;  // whose thresholds apply
   ForcedPages forced{};    // OR-ed into the lists later; budgets count them first
+  const ExternalMask* external = nullptr;  // for the selector `external`
 };
 
 class Selector {
@@ -173,10 +180,48 @@ struct SubMeanOptions {
   float probe_mass = 0.03F;
 };
 
+/// XAttention, arXiv 2503.16428: sums along antidiagonals of stride x stride squares (docs/design/method.md 3.7).
+struct XAttentionOptions {
+  std::int32_t stride = 16;  // tokens; a power of two, at most a query block of min(128, P)
+  float mass = 0.9F;         // of a row's sum that the kept pages reach, forced pages counted first; 1 or more: all
+};
+
+/// Pages drawn by a seeded hash: the control that a selector has to beat. One draw for each (layer, KV head), so that
+/// the union does not inflate it.
+struct RandomOptions {
+  std::uint64_t seed = 1;
+  float share = 0.1F;  // of past pages
+};
+
+/// Masks and indices made elsewhere (trained indexers, research code): docs/design/method.md 3.9. The caller passes one
+/// with every step.
+struct ExternalMask {
+  enum class Form : std::int32_t {
+    kWords = 0,   ///< bit j of a row = past page j
+    kCsr = 1,     ///< page ids of each row, duplicates and any order accepted
+    kTokens = 2,  ///< token positions that each query wants; their pages are kept for the whole query block
+  };
+  Form form = Form::kWords;
+  std::int32_t heads = 0;         // Hq, or Hkv; kTokens also 1, for all heads
+  std::int32_t block_tokens = 0;  // of the query blocks, a power of two; rows are [heads, query blocks of the step]
+
+  std::span<const std::uint64_t> words{};  // kWords: [heads, query blocks, words_per_row]
+  std::int32_t words_per_row = 0;
+
+  std::span<const std::int64_t> row_begin{};  // kCsr: [heads * query blocks + 1]  first entry of each row in pages
+  std::span<const std::int32_t> pages{};      // kCsr: logical pages, or physical ones
+  bool physical = false;
+
+  std::span<const std::int32_t> tokens{};  // kTokens: [T, heads, tokens_per_row]  absolute positions; -1: none
+  std::int32_t tokens_per_row = 0;
+};
+
 struct SelectorOptions {
   std::string name = "mean-key";  // one of selector_names()
   MeanKeyOptions mean_key{};
   SubMeanOptions sub_mean{};
+  XAttentionOptions xattention{};
+  RandomOptions random{};
   Budget budget{};              // in place of the selector's own rule; not for dense and static
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
 };

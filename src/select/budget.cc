@@ -189,30 +189,31 @@ void BudgetScratch::limit_pages(const Budget& limits, const ScoreRow& row, bool 
   }
 }
 
-void BudgetScratch::decide(BudgetKind kind, float value, const Budget& limits, const ScoreRow& row) {
-  const auto past_pages = static_cast<std::int32_t>(row.scores.size());
+void BudgetScratch::decide(BudgetKind kind, float value, const Budget& limits, const ScoreRow& all) {
+  ScoreRow row = all;
+  row.scores = all.scores.first(static_cast<std::size_t>(all.past_pages));
   if (kind == BudgetKind::kTopN) {
-    keep_best(row, top_pages(value, past_pages), false);
+    keep_best(row, top_pages(value, row.past_pages), false);
   } else if (kind == BudgetKind::kMass) {
-    const FixedPoint fixed(row);
+    const FixedPoint fixed(all);
     const std::uint64_t elsewhere = fixed(row.elsewhere);
     std::uint64_t total = elsewhere;
     std::uint64_t taken = elsewhere;
-    for (std::int32_t j = 0; j < past_pages; ++j) {
-      const std::uint64_t mass = fixed(row.scores[static_cast<std::size_t>(j)]);
+    for (std::int32_t j = 0; j < static_cast<std::int32_t>(all.scores.size()); ++j) {
+      const std::uint64_t mass = fixed(all.scores[static_cast<std::size_t>(j)]);
       total += mass;
       if (row.forced.contains(j)) taken += mass;
     }
     const auto wanted = static_cast<std::uint64_t>(std::ceil(double{value} * static_cast<double>(total)));
     const auto is_forced = [&](std::size_t j) { return row.forced.contains(static_cast<std::int32_t>(j)); };
     keep_prefix(
-        {&row, 1}, wanted > taken ? wanted - taken : 0,
-        [&](std::size_t, std::size_t j) { return is_forced(j) ? 0 : fixed(row.scores[j]); },
+        {&all, 1}, wanted > taken ? wanted - taken : 0,
+        [&](std::size_t, std::size_t j) { return is_forced(j) ? 0 : fixed(all.scores[j]); },
         [&](std::size_t, std::size_t j) {
-          if (!is_forced(j)) set_bit(row.words, static_cast<std::int32_t>(j));
+          if (!is_forced(j) && j < row.scores.size()) set_bit(row.words, static_cast<std::int32_t>(j));
         });
   } else {
-    for (std::int32_t j = 0; j < past_pages; ++j) {
+    for (std::int32_t j = 0; j < row.past_pages; ++j) {
       if (row.scores[static_cast<std::size_t>(j)] >= value) set_bit(row.words, j);
     }
   }

@@ -17,9 +17,12 @@ namespace compact {
 /// A row of scores and where its decision goes. kMass and kDensity count forced pages first and choose among the
 /// others; the limits on pages count what the rule chooses.
 struct ScoreRow {
-  std::span<const float> scores;   // [Np]  finite, 0 or more
-  ForcedRanges forced;             // read anyway
-  float elsewhere = 0;             // kMass: score of what is read anyway and not in `scores` (pages of the chunk)
+  /// [Np or more]  finite; kMass: 0 or more. Under kMass pages of the chunk may follow those of the past and compete
+  /// with them; they are never written.
+  std::span<const float> scores;
+  std::int32_t past_pages = 0;     // Np
+  ForcedRanges forced;             // read anyway; may reach into the chunk where that has scores
+  float elsewhere = 0;             // kMass: score of what is read anyway and not in `scores`
   std::int64_t weight = 1;         // kDensity: rows that this one stands for, tokens x query heads
   std::uint64_t* words = nullptr;  // [ceil(Np / 64)]  bits are added
 };

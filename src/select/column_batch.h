@@ -18,6 +18,7 @@ struct ColumnBatch {
   std::int32_t group_columns = 0;         // the last group may be short
   std::int32_t padded_rows = 0;           // rows rounded up to kRowGroup
   std::int32_t min_visible = 0;           // columns that every row sees
+  bool maxima = false;                    // sums: the largest score of a group in place of its exponentials
   const float* const* columns = nullptr;  // [num_columns rounded up]  [depth] each, any alignment
   const float* queries = nullptr;         // [depth, padded_rows]
   const float* visible = nullptr;         // [padded_rows]  columns that the row sees

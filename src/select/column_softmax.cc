@@ -93,6 +93,28 @@ HWY_INLINE void score_block(const ColumnBatch& batch, std::int32_t r0, std::int3
   }
 }
 
+// Largest scores of the groups for kVecs vectors of rows from r0 on.
+template <int kVecs>
+HWY_INLINE void max_block(const ColumnBatch& batch, std::int32_t r0) {
+  const D d;
+  const auto lanes = static_cast<std::int32_t>(hn::Lanes(d));
+  for (std::int32_t c = 0, g = 0; c < batch.num_columns; ++g) {
+    const std::int32_t end = c + batch.group_columns < batch.num_columns ? c + batch.group_columns : batch.num_columns;
+    V largest[kVecs];
+    CA_UNROLL
+    for (int v = 0; v < kVecs; ++v) largest[v] = hn::Set(d, -kInfinity);
+    for (; c < end; ++c) {
+      const float* scores = batch.panel + std::int64_t{c} * batch.padded_rows + r0;
+      CA_UNROLL
+      for (int v = 0; v < kVecs; ++v) largest[v] = hn::Max(largest[v], hn::Load(d, scores + v * lanes));
+    }
+    CA_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      hn::Store(largest[v], d, batch.sums + std::int64_t{g} * batch.padded_rows + r0 + v * lanes);
+    }
+  }
+}
+
 // Exponentials of kVecs vectors of rows from r0 on, summed over each group, columns ascending.
 template <int kVecs>
 HWY_INLINE void sum_block(const ColumnBatch& batch, std::int32_t r0) {
@@ -128,7 +150,11 @@ HWY_INLINE void sum_block(const ColumnBatch& batch, std::int32_t r0) {
 template <int kVecs>
 HWY_INLINE void run_rows(const ColumnBatch& batch, std::int32_t r0) {
   for (std::int32_t c = 0; c < batch.num_columns; c += kColumnBlock) score_block<kVecs>(batch, r0, c);
-  sum_block<kVecs>(batch, r0);
+  if (batch.maxima) {
+    max_block<kVecs>(batch, r0);
+  } else {
+    sum_block<kVecs>(batch, r0);
+  }
 }
 
 void run_batch(const ColumnBatch& batch) {
@@ -276,22 +302,22 @@ void TileSoftmax::load_queries(std::span<const float* const> rows, float scale) 
   }
 }
 
-void TileSoftmax::add_columns(std::span<const float* const> columns, std::int32_t group_columns,
-                              const std::int32_t* visible) {
+void TileSoftmax::add(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible,
+                      bool maxima) {
   const auto num_columns = static_cast<std::int32_t>(columns.size());
   if (num_columns == 0) return;
   columns_.assign(columns.begin(), columns.end());
   columns_.resize(columns.size() + kColumnBlock, columns.back());  // a register block may read past the last batch
   const std::int32_t step = batch_columns(group_columns);
   for (std::int32_t first = 0; first < num_columns; first += step) {
-    add_batch(first, std::min(step, num_columns - first), group_columns, visible);
+    add_batch(first, std::min(step, num_columns - first), group_columns, visible, maxima);
   }
   for (std::int32_t r = 0; r < rows_; ++r)
     seen_[r] += static_cast<float>(visible == nullptr ? num_columns : visible[r]);
 }
 
 void TileSoftmax::add_batch(std::int32_t first_column, std::int32_t num_columns, std::int32_t group_columns,
-                            const std::int32_t* visible) {
+                            const std::int32_t* visible, bool maxima) {
   std::int32_t min_visible = num_columns;
   std::fill_n(visible_, padded_rows_, static_cast<float>(num_columns));  // counts below 2^24: exact
   if (visible != nullptr) {
@@ -308,6 +334,7 @@ void TileSoftmax::add_batch(std::int32_t first_column, std::int32_t num_columns,
     .group_columns = group_columns,
     .padded_rows = padded_rows_,
     .min_visible = min_visible,
+    .maxima = maxima,
     .columns = columns_.data() + first_column,
     .queries = queries_,
     .visible = visible_,
@@ -322,9 +349,7 @@ void TileSoftmax::add_batch(std::int32_t first_column, std::int32_t num_columns,
 
 std::int32_t TileSoftmax::nonfinite_rows() const noexcept {
   std::int32_t count = 0;
-  for (std::int32_t r = 0; r < rows_; ++r) {
-    if (sees(r) && (row_bad_[r] > 0 || row_max_[r] == -kInfinity)) ++count;
-  }
+  for (std::int32_t r = 0; r < rows_; ++r) count += finite(r) ? 0 : 1;
   return count;
 }
 
@@ -332,6 +357,13 @@ std::int32_t TileSoftmax::num_seeing_rows() const noexcept {
   std::int32_t count = 0;
   for (std::int32_t r = 0; r < rows_; ++r) count += sees(r) ? 1 : 0;
   return count;
+}
+
+void TileSoftmax::max_over_rows(std::int32_t first, std::int32_t end, float* max) const {
+  for (std::int32_t g = first; g < end; ++g) {
+    const float* scores = sums_ + std::int64_t{g} * padded_rows_;
+    max[g - first] = *std::max_element(scores, scores + rows_);
+  }
 }
 
 template <class Visit>

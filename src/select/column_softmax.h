@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -36,12 +37,23 @@ class TileSoftmax {
 
   /// Appends columns [depth] each, in groups of `group_columns`; the last group may be short.
   /// visible: [rows] columns of this call that the row sees, a prefix; null: all.
-  void add_columns(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible);
+  void add_columns(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible) {
+    add(columns, group_columns, visible, false);
+  }
+  /// The same without exponentials: sums[g, r] is then the largest score of the group. For max_over_rows only; a tile
+  /// takes columns one way or the other.
+  void add_maxima(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible) {
+    add(columns, group_columns, visible, true);
+  }
 
   [[nodiscard]] std::int32_t num_groups() const noexcept { return num_groups_; }
   [[nodiscard]] std::int32_t padded_rows() const noexcept { return padded_rows_; }
   /// Rows that see columns but have a NaN or +inf score, or -inf only. If there are any, no sum is meaningful.
   [[nodiscard]] std::int32_t nonfinite_rows() const noexcept;
+  /// Whether this row is not one of them.
+  [[nodiscard]] bool finite(std::int32_t row) const noexcept {
+    return !sees(row) || (row_bad_[row] == 0 && row_max_[row] > -std::numeric_limits<float>::infinity());
+  }
   /// Whether the row sees a column at all.
   [[nodiscard]] bool sees(std::int32_t row) const noexcept { return seen_[row] > 0; }
   [[nodiscard]] std::int32_t num_seeing_rows() const noexcept;
@@ -57,9 +69,13 @@ class TileSoftmax {
   void join_rows(std::int32_t first, std::int32_t end, const float* reference, const float* scale, const float* weight,
                  float cap, float* sum, float* max);
 
+  /// After add_maxima: max[g - first] = the largest score of the group over all rows.
+  void max_over_rows(std::int32_t first, std::int32_t end, float* max) const;
+
  private:
+  void add(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible, bool maxima);
   void add_batch(std::int32_t first_column, std::int32_t num_columns, std::int32_t group_columns,
-                 const std::int32_t* visible);
+                 const std::int32_t* visible, bool maxima);
 
   // Calls visit(first group, join) for the part of every batch in [first, end).
   template <class Visit>

@@ -16,6 +16,9 @@ class KeyRows {
   /// one set of the first-level cache, and a tile reads each of them several times.
   explicit KeyRows(const PagedKvView& kv);
 
+  /// Whether rows are where they lie. Either way the rows of a page follow each other without gaps.
+  [[nodiscard]] bool in_place() const noexcept { return in_place_; }
+
   /// Rows [tokens] of consecutive tokens of a physical page. Valid until the next call.
   [[nodiscard]] std::span<const float* const> load(std::int32_t page, std::int32_t first_token, std::int32_t tokens,
                                                    std::int32_t kv_head);

@@ -101,10 +101,10 @@ std::int32_t reset_mean_key_mask(const SelectInput& input, const MeanKeyOptions&
 }
 
 RowVerdict judge_mean_key(const MeanKeyOptions& options, float value, std::span<const float> energy,
-                          std::span<float> scores) {
+                          std::int32_t past_pages, std::span<float> scores) {
   RowVerdict verdict;
-  std::copy_n(energy.begin(), scores.size(), scores.begin());
-  for (const float chunk_page : energy.subspan(scores.size())) verdict.elsewhere += chunk_page;
+  std::copy_n(energy.begin(), past_pages, scores.begin());
+  for (const float chunk_page : energy.subspan(static_cast<std::size_t>(past_pages))) verdict.elsewhere += chunk_page;
   verdict.threshold = options.alpha >= 0 ? value * *std::max_element(energy.begin(), energy.end())
                                          : std::max(value, options.lift / static_cast<float>(energy.size()));
   return verdict;
@@ -159,9 +159,9 @@ Status select_mean_key_reference(const SelectInput& input, const MeanKeyOptions&
     RowVerdict verdict;
     verdict.nonfinite_rows = tile_energies(input, options, block, tile, energy);
     if (verdict.nonfinite_rows > 0) return verdict;
-    verdict = judge_mean_key(options, value, std::vector<float>(energy.begin(), energy.end()), scores);
+    verdict = judge_mean_key(options, value, std::vector<float>(energy.begin(), energy.end()), tile.past_pages, scores);
     const std::size_t first = static_cast<std::size_t>(mask.row(head, i) - mask.words.data()) * 64;
-    for (std::size_t j = 0; j < scores.size(); ++j) {
+    for (std::size_t j = 0; j < static_cast<std::size_t>(tile.past_pages); ++j) {
       if (energies != nullptr) (*energies)[first + j] = energy[j];
       if (margins != nullptr) (*margins)[first + j] = energy[j] / double{verdict.threshold} - 1;
     }

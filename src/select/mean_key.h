@@ -52,7 +52,7 @@ struct MeanKeyTile {
 /// Threshold of a tile whose scored pages have these energies, for a share or alpha of `value`; scores [Np] = those of
 /// the past pages. The mass elsewhere is that of the chunk's scored pages.
 [[nodiscard]] RowVerdict judge_mean_key(const MeanKeyOptions& options, float value, std::span<const float> energy,
-                                        std::span<float> scores);
+                                        std::int32_t past_pages, std::span<float> scores);
 
 /// The tile of (mask head, query block). `tile` keeps its memory from call to call.
 void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options, const QueryBlock& block,

@@ -107,7 +107,8 @@ Status select_mean_key_cpu(const SelectInput& input, const MeanKeyOptions& optio
                        RowVerdict verdict;
                        verdict.nonfinite_rows = tile_energies(input, options.norm, block, own);
                        if (verdict.nonfinite_rows > 0) return verdict;
-                       return judge_mean_key(options, value, std::span<const float>(own.energy), scores);
+                       return judge_mean_key(options, value, std::span<const float>(own.energy), own.tile.past_pages,
+                                             scores);
                      });
 } catch (const std::bad_alloc&) {
   return out_of_memory("mean-key: no memory for the scratch of the threads");

@@ -36,7 +36,9 @@ class OracleSelector final : public Selector {
     mask.reset(input.q.heads, input.page_tokens, input.chunks, mass.blocks);
     return select_rows("oracle", input, RowRule(budget_, thresholds_, 0), 1, mask, pool,
                        [&](std::int32_t head, std::int32_t i, float, std::span<float> scores, std::int32_t) {
-                         std::copy_n(mass.past_row(head, i), scores.size(), scores.begin());
+                         const auto chunk = static_cast<std::size_t>(mass.blocks[static_cast<std::size_t>(i)].chunk);
+                         const std::int32_t past_pages = input.chunks[chunk].num_past_pages(input.page_tokens);
+                         std::copy_n(mass.past_row(head, i), past_pages, scores.begin());
                          RowVerdict verdict;
                          verdict.elsewhere = mass.chunk_mass(head, i);
                          verdict.nonfinite_rows = mass.nonfinite[static_cast<std::size_t>(mass.row_index(head, i))];

@@ -52,6 +52,8 @@ void BlockMask::reset(std::int32_t num_mask_heads, std::int32_t page_tokens, std
   blocks = std::move(query_blocks);
   words.assign(static_cast<std::size_t>(mask_heads) * blocks.size() * static_cast<std::size_t>(words_per_row), 0);
   nonfinite_rows = 0;
+  named_row_tokens = 0;
+  kept_row_tokens = 0;
 }
 
 }  // namespace compact

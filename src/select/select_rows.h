@@ -1,6 +1,7 @@
 /// The loop that selectors share: scores of every mask row on the pool, then the budget.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <span>
@@ -33,26 +34,36 @@ struct RowRule {
 struct RowVerdict {
   std::int64_t nonfinite_rows = 0;  // query rows; above 0 the mask row keeps all its pages
   float threshold = 0;              // kNative: keep a page with score >= this
-  float elsewhere = 0;              // kMass: score of the chunk's pages
+  float elsewhere = 0;              // kMass: score of the chunk's pages, which are read anyway
+  std::int32_t scored_pages = 0;    // above Np: the chunk's pages compete under kMass instead; their scores follow
 };
 
 /// Thresholds of the shape that the mask has, at this layer. `who` begins the message.
 [[nodiscard]] Status check_thresholds(const char* who, const HeadThresholds& thresholds, std::int32_t layer,
                                       std::int32_t mask_heads);
 
-/// Calls `score(head, block, value, scores [Np], thread) -> RowVerdict` for every mask row that has past pages and a
-/// choice, and writes the mask. `mask` is reset; heads_per_row: query heads that share a row. A density budget is met
-/// for each chunk by itself, so that a request alone and in a batch selects the same pages.
+/// Forced pages of a row among its first scored_pages: where pages of the chunk have scores, those that the block
+/// itself lies in are forced too (the diagonal).
+[[nodiscard]] ForcedRanges row_forced_ranges(const SelectInput& input, const QueryBlock& block,
+                                             std::int32_t scored_pages) noexcept;
+
+/// Calls `score(head, block, value, scores [Kb], thread) -> RowVerdict` for every mask row that has past pages and a
+/// choice, and writes the mask. The scorer fills scores [Np], or scored_pages of them. `mask` is reset; heads_per_row:
+/// query heads that share a row. A density budget is met for each chunk by itself, so that a request alone and in a
+/// batch selects the same pages.
 template <class Score>
 Status select_rows(const char* who, const SelectInput& input, const RowRule& rule, std::int32_t heads_per_row,
                    BlockMask& mask, ThreadPool& pool, Score score) try {
   CA_RETURN_IF_ERROR(check_thresholds(who, rule.thresholds, input.layer, mask.mask_heads));
   const auto num_blocks = static_cast<std::int64_t>(mask.blocks.size());
   const std::int64_t num_rows = mask.mask_heads * num_blocks;
-  const std::int64_t row_pages = std::int64_t{mask.words_per_row} * 64;
+  std::int64_t row_pages = 0;
+  for (const ChunkView& chunk : input.chunks) {
+    if (chunk.chunk_tokens > 0) row_pages = std::max<std::int64_t>(row_pages, chunk.num_pages(input.page_tokens));
+  }
   const bool density = rule.kind == BudgetKind::kDensity;
   const auto num_threads = static_cast<std::size_t>(pool.num_threads());
-  if (row_pages == 0) return {};  // no past, nothing to decide
+  if (mask.words_per_row == 0) return {};  // no past, nothing to decide
 
   // Density compares rows, so all scores must stay; the other rules are done with a row at once.
   std::vector<float> scores(static_cast<std::size_t>((density ? num_rows : pool.num_threads()) * row_pages));
@@ -75,15 +86,17 @@ Status select_rows(const char* who, const SelectInput& input, const RowRule& rul
       return;
     }
     const std::span<float> row_scores(scores.data() + (density ? item : thread) * row_pages,
-                                      static_cast<std::size_t>(past_pages));
+                                      static_cast<std::size_t>(chunk.num_pages(input.page_tokens)));
     const RowVerdict verdict = score(head, i, value, row_scores, thread);
     nonfinite[static_cast<std::size_t>(item)] = verdict.nonfinite_rows;
     if (verdict.nonfinite_rows > 0) {
       set_bits(words, 0, past_pages);
       return;
     }
-    const ScoreRow row{.scores = row_scores,
-                       .forced = forced_ranges(input.forced, block, input.page_tokens, past_pages),
+    const std::int32_t scored_pages = std::max(verdict.scored_pages, past_pages);
+    const ScoreRow row{.scores = row_scores.first(static_cast<std::size_t>(density ? past_pages : scored_pages)),
+                       .past_pages = past_pages,
+                       .forced = row_forced_ranges(input, block, density ? past_pages : scored_pages),
                        .elsewhere = verdict.elsewhere,
                        .weight = std::int64_t{block.tokens} * heads_per_row,
                        .words = words};

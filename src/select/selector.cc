@@ -25,6 +25,9 @@ constexpr Entry kSelectors[] = {
     {"oracle", make_oracle_selector},
     {"mean-key", make_mean_key_selector},
     {"sub-mean", make_sub_mean_selector},
+    {"xattention", make_xattention_selector},
+    {"random", make_random_selector},
+    {"external", make_external_selector},
 };
 
 struct Preset {
@@ -82,7 +85,8 @@ Status check_common_options(const SelectorOptions& options) {
   }
   const bool default_rule = options.budget.kind == BudgetKind::kNative && options.budget.min_pages == 0 &&
                             options.budget.max_pages == 0 && table.empty();
-  if ((options.name == "dense" || options.name == "static") && !default_rule) {
+  const bool scoreless = options.name == "dense" || options.name == "static" || options.name == "external";
+  if (scoreless && !default_rule) {
     return invalid_argument(fmt::format("{}: has no scores; allowed: no budget and no thresholds", options.name));
   }
   return {};
@@ -190,6 +194,15 @@ Status check_thresholds(const char* who, const HeadThresholds& thresholds, std::
         fmt::format("{}: thresholds for {} layers; this is layer {}", who, thresholds.num_layers, layer));
   }
   return {};
+}
+
+ForcedRanges row_forced_ranges(const SelectInput& input, const QueryBlock& block, std::int32_t scored_pages) noexcept {
+  ForcedRanges ranges = forced_ranges(input.forced, block, input.page_tokens, scored_pages);
+  const std::int32_t diagonal = block.first_position / input.page_tokens;
+  if (scored_pages <= diagonal) return ranges;
+  if (ranges.window_begin == ranges.window_end) ranges.window_begin = diagonal;
+  ranges.window_end = scored_pages;
+  return ranges;
 }
 
 Result<std::unique_ptr<Selector>> make_selector(const SelectorOptions& options) {

@@ -235,10 +235,10 @@ void make_sub_mean_tile(const SelectInput& input, const QueryBlock& block, std::
 }
 
 RowVerdict judge_sub_mean(const SubMeanOptions& options, float value, std::span<const float> energy,
-                          std::span<float> scores) {
+                          std::int32_t past_pages, std::span<float> scores) {
   RowVerdict verdict;
-  std::copy_n(energy.begin(), scores.size(), scores.begin());
-  for (const float chunk_page : energy.subspan(scores.size())) verdict.elsewhere += chunk_page;
+  std::copy_n(energy.begin(), past_pages, scores.begin());
+  for (const float chunk_page : energy.subspan(static_cast<std::size_t>(past_pages))) verdict.elsewhere += chunk_page;
   verdict.threshold = std::max(value, options.lift / static_cast<float>(energy.size()));
   return verdict;
 }
@@ -265,9 +265,9 @@ Status select_sub_mean_reference(const SelectInput& input, const SubMeanOptions&
     RowVerdict verdict;
     verdict.nonfinite_rows = tile_energies(input, options, block, tile, energy);
     if (verdict.nonfinite_rows > 0) return verdict;
-    verdict = judge_sub_mean(options, value, std::vector<float>(energy.begin(), energy.end()), scores);
+    verdict = judge_sub_mean(options, value, std::vector<float>(energy.begin(), energy.end()), tile.past_pages, scores);
     const std::size_t first = static_cast<std::size_t>(mask.row(head, i) - mask.words.data()) * 64;
-    for (std::size_t j = 0; margins != nullptr && j < scores.size(); ++j) {
+    for (std::size_t j = 0; margins != nullptr && j < static_cast<std::size_t>(tile.past_pages); ++j) {
       (*margins)[first + j] = energy[j] / double{verdict.threshold} - 1;
     }
     return verdict;

@@ -55,7 +55,7 @@ void make_sub_mean_tile(const SelectInput& input, const QueryBlock& block, std::
 
 /// Threshold for a share of `value`; scores [Np] = E of the past pages, the mass elsewhere = E of the chunk's.
 [[nodiscard]] RowVerdict judge_sub_mean(const SubMeanOptions& options, float value, std::span<const float> energy,
-                                        std::span<float> scores);
+                                        std::int32_t past_pages, std::span<float> scores);
 
 /// Adds the pages that coherence or probe rows ask for to the rows of the mask.
 [[nodiscard]] Status rescue_pages(const SelectInput& input, const SubMeanOptions& options, BlockMask& mask,

@@ -94,17 +94,17 @@ Status select_sub_mean_cpu(const SelectInput& input, const SubMeanOptions& optio
     if (!own.softmax.reserve(max_rows, input.q.head_dim, max_pages, page_granules)) throw std::bad_alloc();
   }
   const RowRule rule(budget, thresholds, sub_mean_setting(options));
-  CA_RETURN_IF_ERROR(
-      select_rows("sub-mean", input, rule, group, mask, pool,
-                  [&](std::int32_t head, std::int32_t i, float value, std::span<float> scores, std::int32_t thread) {
-                    Scratch& own = scratch[static_cast<std::size_t>(thread)];
-                    const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
-                    make_sub_mean_tile(input, block, head, own.tile);
-                    RowVerdict verdict;
-                    verdict.nonfinite_rows = tile_energies(input, options, block, own);
-                    if (verdict.nonfinite_rows > 0) return verdict;
-                    return judge_sub_mean(options, value, std::span<const float>(own.energy), scores);
-                  }));
+  CA_RETURN_IF_ERROR(select_rows(
+      "sub-mean", input, rule, group, mask, pool,
+      [&](std::int32_t head, std::int32_t i, float value, std::span<float> scores, std::int32_t thread) {
+        Scratch& own = scratch[static_cast<std::size_t>(thread)];
+        const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
+        make_sub_mean_tile(input, block, head, own.tile);
+        RowVerdict verdict;
+        verdict.nonfinite_rows = tile_energies(input, options, block, own);
+        if (verdict.nonfinite_rows > 0) return verdict;
+        return judge_sub_mean(options, value, std::span<const float>(own.energy), own.tile.past_pages, scores);
+      }));
   return rescue_pages(input, options, mask, pool);
 } catch (const std::bad_alloc&) {
   return out_of_memory("sub-mean: no memory for the scratch of the threads");

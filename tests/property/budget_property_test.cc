@@ -92,7 +92,8 @@ class BudgetProperty : public ::testing::Test {
   }
   static ScoreRow row_of(const Case& c, std::size_t i, std::vector<std::uint64_t>& words) {
     words.assign((c.scores[i].size() + 63) / 64, 0);
-    return {c.scores[i], c.forced[i], c.elsewhere[i], c.weights[i], words.data()};
+    return {c.scores[i], static_cast<std::int32_t>(c.scores[i].size()), c.forced[i], c.elsewhere[i], c.weights[i],
+            words.data()};
   }
   static bool forced(const Case& c, std::size_t i, std::size_t j) {
     return c.forced[i].contains(static_cast<std::int32_t>(j));

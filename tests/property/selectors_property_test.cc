@@ -26,6 +26,7 @@ struct SelectorCase {
   bool budgets = true;          // takes budgets other than its own
   bool mass = true;             // among them a mass: its scores are parts of a whole
   bool chunk_invariant = true;  // a query block that no edge cuts has the same row in every chunking
+  bool sharded = true;          // a shard of the heads selects what the whole model selects for them
 };
 
 void PrintTo(const SelectorCase& c, std::ostream* out) { *out << c.name; }
@@ -44,6 +45,10 @@ const SelectorCase kCases[] = {
     {"sub_mean_rescue",
      {.name = "sub-mean", .sub_mean = {.share = 0.5F, .min_coherence = 0.1F, .probe_stride = 4, .probe_mass = 0.1F}},
      false},
+    {"xattention", {.name = "xattention", .xattention = {.stride = 8, .mass = 0.5F}}},
+    {"xattention_16", {.name = "xattention", .xattention = {.stride = 16, .mass = 0.3F}}},
+    // Its share is of Np, which an edge changes; its draws are by head number.
+    {"random", {.name = "random", .random = {.share = 0.4F}}, true, true, false, false},
     {"mean_key_tile", {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .alpha = 0.3F}}, false},
 };
 
@@ -86,6 +91,7 @@ class Selectors : public ::testing::TestWithParam<SelectorCase> {
 
 class BudgetedSelectors : public Selectors {};
 class InvariantSelectors : public Selectors {};
+class ShardedSelectors : public Selectors {};
 
 // Number of steps for a property; each builds a cache of some hundred tokens.
 constexpr std::uint64_t kSteps = 25;
@@ -135,7 +141,7 @@ TEST_P(Selectors, SeeTokensOnly) {
 }
 
 // I16: a tensor-parallel shard selects what its heads select in the whole model.
-TEST_P(Selectors, ShardsEqualSlices) {
+TEST_P(ShardedSelectors, ShardsEqualSlices) {
   const auto selector = make();
   for (std::uint64_t seed = 1; seed <= kSteps; ++seed) {
     KvStepSpec spec = prepare(random_kv_step(seed), *selector);
@@ -338,6 +344,7 @@ std::string case_name(const ::testing::TestParamInfo<SelectorCase>& test) { retu
 
 INSTANTIATE_TEST_SUITE_P(All, Selectors, ::testing::ValuesIn(kCases), case_name);
 INSTANTIATE_TEST_SUITE_P(All, BudgetedSelectors, ::testing::ValuesIn(cases_with(&SelectorCase::budgets)), case_name);
+INSTANTIATE_TEST_SUITE_P(All, ShardedSelectors, ::testing::ValuesIn(cases_with(&SelectorCase::sharded)), case_name);
 INSTANTIATE_TEST_SUITE_P(All, InvariantSelectors, ::testing::ValuesIn(cases_with(&SelectorCase::chunk_invariant)),
                          case_name);
 

@@ -50,7 +50,9 @@ TEST(Budget, TopCountsADecimalShareAsWritten) {
 TEST(Budget, TiesGoToTheLowerPage) {
   const std::vector<float> scores(10, 0.1F);
   std::uint64_t words = 0;
-  BudgetScratch().decide(BudgetKind::kTopN, 0.3F, {}, {.scores = scores, .forced = {}, .words = &words});
+  BudgetScratch().decide(
+      BudgetKind::kTopN, 0.3F, {},
+      {.scores = scores, .past_pages = static_cast<std::int32_t>(scores.size()), .forced = {}, .words = &words});
   EXPECT_EQ(words, 0b111U);
 }
 
@@ -59,12 +61,32 @@ TEST(Budget, ForcedPagesCountFirstAndOnce) {
   const std::vector<float> scores = {0.5F, 0.1F, 0.2F, 0.2F};
   std::uint64_t words = 0;
   const ForcedRanges forced{.sink_end = 1, .window_begin = 0, .window_end = 1};
-  BudgetScratch().decide(BudgetKind::kMass, 0.69F, {}, {.scores = scores, .forced = forced, .words = &words});
+  BudgetScratch().decide(
+      BudgetKind::kMass, 0.69F, {},
+      {.scores = scores, .past_pages = static_cast<std::int32_t>(scores.size()), .forced = forced, .words = &words});
   EXPECT_EQ(words, 0b100U);
   words = 0;  // mass that the chunk holds counts too
   BudgetScratch().decide(BudgetKind::kMass, 0.69F, {},
-                         {.scores = scores, .forced = forced, .elsewhere = 1.0F, .words = &words});
+                         {.scores = scores,
+                          .past_pages = static_cast<std::int32_t>(scores.size()),
+                          .forced = forced,
+                          .elsewhere = 1.0F,
+                          .words = &words});
   EXPECT_EQ(words, 0U);
+}
+
+TEST(Budget, PagesOfTheChunkCompeteButAreNotWritten) {
+  // Pages 2 and 3 lie in the chunk; page 3 is the diagonal. Page 2 is better than page 1 and comes first.
+  const std::vector<float> scores = {0.3F, 0.1F, 0.4F, 0.2F};
+  const ForcedRanges forced{.sink_end = 0, .window_begin = 3, .window_end = 4};
+  std::uint64_t words = 0;
+  BudgetScratch().decide(BudgetKind::kMass, 0.85F, {},
+                         {.scores = scores, .past_pages = 2, .forced = forced, .words = &words});
+  EXPECT_EQ(words, 0b01U);
+  words = 0;
+  BudgetScratch().decide(BudgetKind::kMass, 0.95F, {},
+                         {.scores = scores, .past_pages = 2, .forced = forced, .words = &words});
+  EXPECT_EQ(words, 0b11U);
 }
 
 }  // namespace

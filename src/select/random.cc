@@ -1,0 +1,67 @@
+// The selector that knows nothing: pages by a seeded hash of (layer, KV head, page), the same for every query. A
+// selector is worth its cost only above this line at equal density. Reference and CPU form are one.
+#include <fmt/format.h>
+
+#include "src/select/select_rows.h"
+#include "src/select/selector.h"
+
+namespace compact {
+namespace {
+
+// splitmix64's finaliser: every bit of the key reaches every bit of the result.
+std::uint64_t mix(std::uint64_t key) {
+  key += 0x9e3779b97f4a7c15U;
+  key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9U;
+  key = (key ^ (key >> 27)) * 0x94d049bb133111ebU;
+  return key ^ (key >> 31);
+}
+
+class RandomSelector final : public Selector {
+ public:
+  explicit RandomSelector(const SelectorOptions& options)
+      : seed_(options.random.seed), budget_(options.budget), thresholds_(options.thresholds) {
+    if (budget_.kind != BudgetKind::kNative) return;
+    budget_.kind = BudgetKind::kTopN;
+    budget_.value = options.random.share;
+  }
+  [[nodiscard]] std::string_view name() const noexcept override { return "random"; }
+  // Keys are not read; the number of KV heads is.
+  [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.k_cache = true}; }
+
+  [[nodiscard]] Status select(const SelectInput& input, BlockMask& mask, ThreadPool& pool) const override {
+    CA_RETURN_IF_ERROR(check_select_input(input));
+    const std::int32_t kv_heads = input.kv.num_kv_heads;
+    if (kv_heads < 1 || input.q.heads % kv_heads != 0) {
+      return invalid_argument(fmt::format("random: {} query heads and {} KV heads; allowed: a multiple of the KV heads",
+                                          input.q.heads, kv_heads));
+    }
+    mask.reset(kv_heads, input.page_tokens, input.chunks,
+               make_query_blocks(input.chunks, block_tokens_within_page(kTileRows, input.page_tokens)));
+    return select_rows("random", input, RowRule(budget_, thresholds_, 0), input.q.heads / kv_heads, mask, pool,
+                       [&](std::int32_t head, std::int32_t, float, std::span<float> scores, std::int32_t) {
+                         const std::uint64_t stream = mix(mix(seed_ + static_cast<std::uint64_t>(input.layer)) +
+                                                          static_cast<std::uint64_t>(head));
+                         for (std::size_t j = 0; j < scores.size(); ++j) {
+                           // 24 bits, above 0 so that no threshold of "all" is met by accident.
+                           scores[j] = static_cast<float>((mix(stream + j) >> 40) + 1) * 0x1p-24F;
+                         }
+                         return RowVerdict{};
+                       });
+  }
+
+ private:
+  std::uint64_t seed_;
+  Budget budget_;
+  HeadThresholds thresholds_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<Selector>> make_random_selector(const SelectorOptions& options) {
+  if (!(options.random.share >= 0 && options.random.share <= 1)) {
+    return invalid_argument(fmt::format("random: share is {}; allowed: 0 to 1", options.random.share));
+  }
+  return std::unique_ptr<Selector>(std::make_unique<RandomSelector>(options));
+}
+
+}  // namespace compact
