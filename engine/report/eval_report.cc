@@ -156,9 +156,9 @@ nlohmann::json eval_json(const EvalConfiguration& configuration, const std::vect
 
 std::string eval_markdown(const EvalConfiguration& configuration, const std::vector<EvalRow>& rows) {
   const nlohmann::json& json = configuration.json;
-  std::string text = fmt::format("{}: model {}, prompts {}, final chunk {}, configuration {}\n\n",
-                                 config_text(json, "benchmark"), config_text(json, "model"), config_text(json, "form"),
-                                 config_text(json, "final_chunk"), configuration.digest());
+  std::string text = fmt::format("{}: model {}, essays {}, words {}, final chunk {}, configuration {}\n\n",
+                                 config_text(json, "form"), config_text(json, "model"), config_text(json, "essays"),
+                                 config_text(json, "words"), config_text(json, "final_chunk"), configuration.digest());
   text +=
       "| tokens | task | selector | samples | accuracy | to dense, points [95 %] | density | union inflation | TTFT s "
       "| "
