@@ -21,8 +21,10 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
                   "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
       ->capture_default_str();
   command.add_option("--share", share,
-                     "mean-key: keep a page whose share of a tile's attention estimate is at least this");
+                     "mean-key: keep a page whose share of a row's attention estimate is at least this");
   command.add_option("--alpha", alpha, "mean-key: keep a page whose energy is at least this times the largest");
+  command.add_option("--vote", vote,
+                     "mean-key: how the rows of a tile decide together: mean, or max (the largest share)");
   command.add_option("--lift", lift,
                      "mean-key: and whose share is at least this many times that of a page when all are equal");
   command
@@ -96,6 +98,11 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
     resolved.sparsity.selector.mean_key.alpha = -1;
   }
   if (alpha >= 0) resolved.sparsity.selector.mean_key.alpha = alpha;
+  if (vote == "mean" || vote == "max") {
+    resolved.sparsity.selector.mean_key.vote = vote == "max" ? RowVote::kMax : RowVote::kMean;
+  } else if (!vote.empty()) {
+    return invalid_argument(fmt::format("--vote is '{}'\n  allowed: mean, max", vote));
+  }
   if (lift >= 0) resolved.sparsity.selector.mean_key.lift = lift;
   CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.budget, parse_budget(budget));
   // An unknown selector should fail before a model is loaded.

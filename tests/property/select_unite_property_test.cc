@@ -174,8 +174,9 @@ TEST(UnionProperty, DenseMaskGivesTheDenseLists) {
 MeanKeyOptions random_options(Random& random) {
   MeanKeyOptions options;
   options.tile = random.pick({TileShape::kPacked, TileShape::kPerHead});
-  options.visible = random.pick({PageVisibility::kLast, PageVisibility::kFirst});
+  options.visible = random.pick({PageVisibility::kLast, PageVisibility::kFirst, PageVisibility::kFull});
   options.norm = random.pick({ScoreNorm::kRow, ScoreNorm::kTile});
+  options.vote = random.pick({RowVote::kMean, RowVote::kMax});
   if (options.norm == ScoreNorm::kTile || random.below(2) == 0) {
     options.alpha = random.pick({0.05F, 0.2F, 0.6F});
   } else {

@@ -38,7 +38,7 @@ const SelectorCase kCases[] = {
     {"oracle_threshold", {.name = "oracle", .budget = {.kind = BudgetKind::kThreshold, .value = 0.05F}}},
     {"mean_key", {.name = "mean-key", .mean_key = {.share = 0.15F}}},
     {"mean_key_lift", {.name = "mean-key", .mean_key = {.share = 0.01F, .lift = 1.5F}}},
-    {"mean_key_tile", {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .alpha = 0.3F}}, false},
+    {"mean_key_tile", {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .vote = RowVote::kMean, .alpha = 0.3F}}, false},
 };
 
 class Selectors : public ::testing::TestWithParam<SelectorCase> {
