@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -25,6 +26,7 @@ namespace {
 
 constexpr const char* kDefaultEssays = "assets/demo/haystack.txt";
 constexpr const char* kDefaultWords = "assets/demo/words.txt";
+constexpr const char* kNoSource = "none";
 
 struct ReportFiles {
   std::string json;
@@ -122,7 +124,26 @@ Result<RulerRun> make_run(const RulerFlags& flags) {
   return run;
 }
 
-Result<EvalConfiguration> make_configuration(const RulerFlags& flags, const Prose& prose, const WordList& words,
+// What prompts are made of. A default file that is not there is missed only by a task that needs it.
+struct SourceFiles {
+  std::optional<Prose> prose;
+  std::optional<WordList> words;
+
+  [[nodiscard]] static Result<SourceFiles> load(const RulerFlags& flags) {
+    SourceFiles files;
+    if (flags.essays != kDefaultEssays || std::filesystem::exists(kDefaultEssays)) {
+      CA_ASSIGN_OR_RETURN(files.prose, Prose::load(flags.essays));
+    }
+    if (flags.words != std::vector<std::string>{kDefaultWords} || std::filesystem::exists(kDefaultWords)) {
+      CA_ASSIGN_OR_RETURN(files.words, WordList::load({flags.words.begin(), flags.words.end()}));
+    }
+    return files;
+  }
+
+  [[nodiscard]] RulerSources view() const { return {prose ? &*prose : nullptr, words ? &*words : nullptr}; }
+};
+
+Result<EvalConfiguration> make_configuration(const RulerFlags& flags, const SourceFiles& sources,
                                              const LoadedModel& model) {
   CA_ASSIGN_OR_RETURN(const std::string digest, model_digest(flags.model_directory));
   EvalConfiguration configuration;
@@ -132,8 +153,8 @@ Result<EvalConfiguration> make_configuration(const RulerFlags& flags, const Pros
                         {"model", digest},
                         {"chat", chat_format_name(model.chat_format)},
                         {"seed", flags.seed},
-                        {"essays", prose.digest()},
-                        {"words", words.digest()},
+                        {"essays", sources.prose ? sources.prose->digest() : kNoSource},
+                        {"words", sources.words ? sources.words->digest() : kNoSource},
                         {"final_chunk", flags.final_chunk},
                         {"options", prefill_flag_values(flags.generate)}};
   return configuration;
@@ -155,6 +176,7 @@ Status write_prompts(const RulerFlags& flags, const RulerRun& run, const RulerTa
                                      {"answer_prefix", fitted.sample.answer_prefix},
                                      {"answers", fitted.sample.answers},
                                      {"generate_tokens", task->generate_tokens()},
+                                     {"haystack_units", fitted.units},
                                      {"prompt_tokens", fitted.tokens.size()}};
         lines += json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
       }
@@ -208,12 +230,12 @@ Status evaluate(const RulerFlags& flags, const RulerRun& run, const RulerTasks& 
 Status eval_ruler(const RulerFlags& flags) {
   CA_ASSIGN_OR_RETURN(const RulerRun run, make_run(flags));
   CA_RETURN_IF_ERROR(flags.report.check());
-  CA_ASSIGN_OR_RETURN(const Prose prose, Prose::load(flags.essays));
-  CA_ASSIGN_OR_RETURN(const WordList words, WordList::load({flags.words.begin(), flags.words.end()}));
+  if (!flags.prompts.empty()) CA_RETURN_IF_ERROR(check_writable(flags.prompts));
+  CA_ASSIGN_OR_RETURN(const SourceFiles sources, SourceFiles::load(flags));
   CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
-  CA_ASSIGN_OR_RETURN(const RulerTasks tasks, make_ruler_tasks(run, {&prose, &words}, model));
+  CA_ASSIGN_OR_RETURN(const RulerTasks tasks, make_ruler_tasks(run, sources.view(), model));
   if (!flags.prompts.empty()) return write_prompts(flags, run, tasks, model);
-  CA_ASSIGN_OR_RETURN(const EvalConfiguration configuration, make_configuration(flags, prose, words, model));
+  CA_ASSIGN_OR_RETURN(const EvalConfiguration configuration, make_configuration(flags, sources, model));
   return evaluate(flags, run, tasks, model, configuration);
 }
 
@@ -248,11 +270,13 @@ std::pair<CLI::App*, CommandBody> add_ruler(CLI::App& eval) {
       ->add_option("--final-chunk", flags->final_chunk,
                    "The prompt's last chunk, which holds the question: sparse or dense")
       ->capture_default_str();
-  command->add_option("--work", flags->work, "Write every answer to this file as it comes (JSON lines)");
+  CLI::Option* work =
+      command->add_option("--work", flags->work, "Write every answer to this file as it comes (JSON lines)");
   command->add_flag("--resume", flags->resume, "Go on with the --work file of an earlier run");
   command->add_option("--shard", flags->shard, "I/N: answer every N-th sample from I on; `eval merge` joins the files")
       ->capture_default_str();
-  command->add_option("--prompts", flags->prompts, "Write the prompts to this file (JSON lines) and run no model");
+  command->add_option("--prompts", flags->prompts, "Write the prompts to this file (JSON lines) and answer none")
+      ->excludes(work);
   flags->report.add_to(*command);
   flags->generate.add_prefill_to(*command);
   return {command, [flags] { return eval_ruler(*flags); }};

@@ -4,18 +4,10 @@ half-written)."""
 import json
 import shutil
 import struct
-import subprocess
 
 import pytest
 
-
-
-def run(cli, *arguments, stdin=b"", expect=0):
-    done = subprocess.run([cli, *map(str, arguments)], input=stdin, capture_output=True, timeout=300)
-    output = done.stdout.decode("utf-8", "replace")
-    error = done.stderr.decode("utf-8", "replace")
-    assert done.returncode == expect, f"exit code {done.returncode}\n{output}\n{error}"
-    return output if expect == 0 else error
+from conftest import run
 
 
 @pytest.fixture
