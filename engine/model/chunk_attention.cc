@@ -57,10 +57,9 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
   const std::span<const ChunkView> chunks(&chunk, 1);
   const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_,          kv.page_tokens,
                                kv.num_pages, options_.forced, options_.heads_per_unit};
-  DenseReason reason = DenseReason::kSelector;
-  if (!dense && selector_->name() != "dense") {
-    reason = crossover_before_selection(options_.crossover, chunk, kv.page_tokens);
-  }
+  DenseReason reason = crossover_before_selection(options_.crossover, chunk, kv.page_tokens);
+  if (dense && reason != DenseReason::kFirstChunk) reason = DenseReason::kRequested;
+  if (selector_->name() == "dense") reason = DenseReason::kSelector;
   if (reason == DenseReason::kNone) {
     {
       const StageTimer timer(report.select_seconds);

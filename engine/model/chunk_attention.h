@@ -51,7 +51,8 @@ class ChunkAttention {
   [[nodiscard]] bool needs_page_means() const noexcept { return selector_->needs_page_means(); }
 
   /// q: [C, Hq, D] and k, v: [C, Hkv, D], rotated. Appends k and v at `chunk.chunk_start` and writes o: [C, Hq, D].
-  /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps).
+  /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps, a dense
+  /// final chunk) and is counted as kRequested.
   [[nodiscard]] Status run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
                            ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool);
 

@@ -45,8 +45,9 @@ enum class DenseReason : std::int32_t {
   kFirstChunk = 2,    ///< no past page: nothing to select; not a fallback
   kShortContext = 3,  ///< L below CrossoverPolicy::min_context_tokens; no selection was run
   kHighDensity = 4,   ///< by the cost model the lists would not have been faster
+  kRequested = 5,     ///< the caller asked for this chunk to run dense
 };
-inline constexpr std::int32_t kNumDenseReasons = 5;
+inline constexpr std::int32_t kNumDenseReasons = 6;
 [[nodiscard]] const char* dense_reason_name(DenseReason reason) noexcept;
 
 struct CrossoverPolicy {

@@ -62,6 +62,7 @@ const char* dense_reason_name(DenseReason reason) noexcept {
     case DenseReason::kFirstChunk: return "first_chunk";
     case DenseReason::kShortContext: return "short_context";
     case DenseReason::kHighDensity: return "high_density";
+    case DenseReason::kRequested: return "requested";
   }
   return "unknown";
 }

@@ -53,7 +53,7 @@ TEST(DenseReasonName, NamesAll) {
   std::vector<std::string> names;
   for (std::int32_t i = 0; i < kNumDenseReasons; ++i)
     names.emplace_back(dense_reason_name(static_cast<DenseReason>(i)));
-  EXPECT_THAT(names, ElementsAre("none", "selector", "first_chunk", "short_context", "high_density"));
+  EXPECT_THAT(names, ElementsAre("none", "selector", "first_chunk", "short_context", "high_density", "requested"));
   EXPECT_STREQ(dense_reason_name(static_cast<DenseReason>(99)), "unknown");
 }
 
