@@ -26,7 +26,6 @@ namespace {
 
 constexpr const char* kDefaultEssays = "assets/demo/haystack.txt";
 constexpr const char* kDefaultWords = "assets/demo/words.txt";
-constexpr const char* kNoSource = "none";
 
 struct ReportFiles {
   std::string json;
@@ -58,13 +57,15 @@ struct ReportFiles {
 
 struct RulerFlags {
   std::string model_directory;
-  std::vector<std::string> tasks = {"all"};
+  std::vector<std::string> tasks = {"generated"};
   std::vector<std::int32_t> lengths = {8192, 16384};
   std::int32_t samples = 100;
   std::uint64_t seed = 42;
   std::string selectors = "dense,mean-key";
   std::string essays = kDefaultEssays;
   std::vector<std::string> words = {kDefaultWords};
+  std::string qa_1;
+  std::string qa_2;
   std::string final_chunk = "sparse";
   std::string shard = "0/1";
   std::string work;
@@ -94,11 +95,10 @@ Result<RulerRun> make_run(const RulerFlags& flags) {
   RulerRun run;
   for (const std::string& item : flags.tasks) {
     for (const std::string& task : split_list(item)) {
-      if (task == "all") {
-        run.tasks.insert(run.tasks.end(), ruler_task_names().begin(), ruler_task_names().end());
-      } else {
-        run.tasks.push_back(task);
-      }
+      std::vector<std::string> names = {task};
+      if (task == "all") names = ruler_task_names();
+      if (task == "generated") names = generated_ruler_task_names();
+      run.tasks.insert(run.tasks.end(), names.begin(), names.end());
     }
   }
   if (std::set<std::string>(run.tasks.begin(), run.tasks.end()).size() != run.tasks.size()) {
@@ -128,6 +128,8 @@ Result<RulerRun> make_run(const RulerFlags& flags) {
 struct SourceFiles {
   std::optional<Prose> prose;
   std::optional<WordList> words;
+  std::optional<QuestionSet> qa_1;
+  std::optional<QuestionSet> qa_2;
 
   [[nodiscard]] static Result<SourceFiles> load(const RulerFlags& flags) {
     SourceFiles files;
@@ -137,10 +139,25 @@ struct SourceFiles {
     if (flags.words != std::vector<std::string>{kDefaultWords} || std::filesystem::exists(kDefaultWords)) {
       CA_ASSIGN_OR_RETURN(files.words, WordList::load({flags.words.begin(), flags.words.end()}));
     }
+    if (!flags.qa_1.empty()) {
+      CA_ASSIGN_OR_RETURN(files.qa_1, QuestionSet::load(flags.qa_1));
+    }
+    if (!flags.qa_2.empty()) {
+      CA_ASSIGN_OR_RETURN(files.qa_2, QuestionSet::load(flags.qa_2));
+    }
     return files;
   }
 
-  [[nodiscard]] RulerSources view() const { return {prose ? &*prose : nullptr, words ? &*words : nullptr}; }
+  // Digests by name; what is not there is "none".
+  [[nodiscard]] nlohmann::json digests() const {
+    const auto digest = [](const auto& source) { return source ? source->digest() : std::string("none"); };
+    return {{"essays", digest(prose)}, {"words", digest(words)}, {"qa_1", digest(qa_1)}, {"qa_2", digest(qa_2)}};
+  }
+
+  [[nodiscard]] RulerSources view() const {
+    const auto pointer = [](const auto& source) { return source ? &*source : nullptr; };
+    return {pointer(prose), pointer(words), pointer(qa_1), pointer(qa_2)};
+  }
 };
 
 Result<EvalConfiguration> make_configuration(const RulerFlags& flags, const SourceFiles& sources,
@@ -153,10 +170,9 @@ Result<EvalConfiguration> make_configuration(const RulerFlags& flags, const Sour
                         {"model", digest},
                         {"chat", chat_format_name(model.chat_format)},
                         {"seed", flags.seed},
-                        {"essays", sources.prose ? sources.prose->digest() : kNoSource},
-                        {"words", sources.words ? sources.words->digest() : kNoSource},
                         {"final_chunk", flags.final_chunk},
                         {"options", prefill_flag_values(flags.generate)}};
+  configuration.json.update(sources.digests());
   return configuration;
 }
 
@@ -252,7 +268,9 @@ std::pair<CLI::App*, CommandBody> add_ruler(CLI::App& eval) {
   command
       ->add_option("-m,--model", flags->model_directory, "Model directory: config.json, *.safetensors, tokenizer.json")
       ->required();
-  command->add_option("--tasks", flags->tasks, fmt::format("all, or of: {}", fmt::join(ruler_task_names(), " ")))
+  command
+      ->add_option("--tasks", flags->tasks,
+                   fmt::format("generated (all but qa), all, or of: {}", fmt::join(ruler_task_names(), " ")))
       ->capture_default_str();
   command->add_option("--lengths", flags->lengths, "Tokens of prompt and answer together")->capture_default_str();
   command->add_option("--samples", flags->samples, "Samples of each task and length")->capture_default_str();
@@ -266,6 +284,8 @@ std::pair<CLI::App*, CommandBody> add_ruler(CLI::App& eval) {
       ->add_option("--words", flags->words,
                    "Words for keys, one a line; two files: first halves (adjectives) and second halves (nouns)")
       ->capture_default_str();
+  command->add_option("--qa-1", flags->qa_1, "Questions of task qa_1: SQuAD 2.0, dev-v2.0.json");
+  command->add_option("--qa-2", flags->qa_2, "Questions of task qa_2: HotpotQA, hotpot_dev_distractor_v1.json");
   command
       ->add_option("--final-chunk", flags->final_chunk,
                    "The prompt's last chunk, which holds the question: sparse or dense")

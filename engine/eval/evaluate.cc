@@ -100,6 +100,10 @@ Result<RulerTasks> make_ruler_tasks(const RulerRun& run, const RulerSources& sou
     tasks.emplace_back();
     for (const std::string& name : run.tasks) {
       CA_ASSIGN_OR_RETURN(auto task, make_ruler_task(name, length, sources, count_tokens));
+      if (run.samples > task->max_samples()) {
+        return invalid_argument(fmt::format("{} samples of task {}\n  allowed: 1 to {}, the questions of its file",
+                                            run.samples, name, task->max_samples()));
+      }
       tasks.back().push_back(std::move(task));
     }
   }

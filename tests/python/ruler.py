@@ -1,6 +1,7 @@
 """RULER's prompts written a second time, from its published templates and parameters: what `compact eval ruler --prompts` must
 write, byte for byte. Only the draws are ours, and they are defined here once more: SplitMix64 over an FNV-1a hash of a name."""
 
+import math
 import re
 
 WORD = 2**64
@@ -16,6 +17,18 @@ VT = ("Memorize and track the chain(s) of variable assignment hidden in the foll
       "that are assigned the value {query} in the text above.")
 VT_PREFIX = (" Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the value "
              "{query}, they are: ")
+CWE = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most "
+       "often.\n{context}\nQuestion: What are the 10 most common words in the above list?")
+CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+FWE = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+       "{context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
+       "words in the above coded text?")
+FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+QA = ("Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe following are "
+      "given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me the answer and do not output any "
+      "other words.\n\nQuestion: {query}")
+QA_PREFIX = " Answer:"
+DOCUMENT = "Document {i}:\n{document}"
 
 # haystack, keys, values, keys in the text, values of a key, keys asked for; tokens to generate
 NIAH_TASKS = {
@@ -28,7 +41,7 @@ NIAH_TASKS = {
     "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
     "niah_multiquery": ("essay", "words", "numbers", 4, 1, 4),
 }
-GENERATE = {**{name: 128 for name in NIAH_TASKS}, "vt": 30}
+GENERATE = {**{name: 128 for name in NIAH_TASKS}, "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 
 
 class Stream:
@@ -81,12 +94,13 @@ def split_sentences(words):
 
 
 class Ruler:
-    """count_tokens(text) -> tokens of a text without special tokens; prose and words: what the run got as --essays and --words."""
+    """count_tokens(text) -> tokens of a text without special tokens; prose, words: what the run got as --essays and --words;
+    questions: of --qa-1 and --qa-2, as read_squad and read_hotpot return them."""
 
-    def __init__(self, prose, words, count_tokens, seed=42):
+    def __init__(self, prose, words, count_tokens, seed=42, questions=()):
         self.prose = re.findall(r"[^ \t\n\v\f\r]+", prose)
         self.sentences = split_sentences(self.prose)
-        self.words, self.count_tokens, self.seed = words, count_tokens, seed
+        self.words, self.count_tokens, self.seed, self.questions = words, count_tokens, seed, dict(questions)
         self.example_lines = None  # of vt
 
     def build(self, task, tokens, index, units):
@@ -94,6 +108,12 @@ class Ruler:
         stream = lambda purpose: Stream(f"{self.seed}/{task}/{tokens}/{index}/{purpose}")
         if task == "vt":
             return self.variable_tracking(stream, units)
+        if task == "cwe":
+            return self.common_words(stream, tokens, units)
+        if task == "fwe":
+            return self.frequent_words(stream, tokens, units)
+        if task in self.questions:
+            return self.question(stream, units, index, *self.questions[task])
         return self.needle_in_a_haystack(stream, units, *NIAH_TASKS[task])
 
     # ---- niah
@@ -177,3 +197,65 @@ class Ruler:
         example = question + prefix + " " + " ".join(names) + "\n"
         prompt, prefix, names = self.chain_problem(stream("chain"), 5, units)
         return example + "\n" + prompt, prefix, names
+
+    # ---- cwe
+    def word_list(self, draws, num_words, common_repeats, other_repeats):
+        vocabulary = sorted(set(self.words))
+        words = [vocabulary[i] for i in draws.sample(len(vocabulary), num_words)]
+        common, others = words[:10], words[10:]
+        repeated = [word for word in common for _ in range(common_repeats)] + [word for word in others for _ in range(other_repeats)]
+        return CWE.format(context=numbered(draws.shuffled(repeated))), common
+
+    def common_words(self, stream, tokens, units):
+        example_shape, shape = ((20, 3, 1), (6, 1)) if tokens < 4096 else ((40, 10, 3), (30, 3))
+        example, common = self.word_list(stream("example"), *example_shape)
+        prompt, answers = self.word_list(stream("words"), units, *shape)
+        return example + CWE_PREFIX + " " + numbered(common) + "\n" + prompt, CWE_PREFIX, answers
+
+    # ---- fwe
+    def frequent_words(self, stream, tokens, units):
+        draws, vocabulary = stream("vocabulary"), {"...": None}
+        while len(vocabulary) < (tokens - 50) // 50:
+            vocabulary["".join("abcdefghijklmnopqrstuvwxyz"[draws.below(26)] for _ in range(6))] = None
+        text = [word for k, word in enumerate(vocabulary, 1) for _ in range(int(units / k**2 / (math.pi**2 / 6)))]
+        return FWE.format(context=" ".join(stream("text").shuffled(text))), FWE_PREFIX, list(vocabulary)[1:4]
+
+    # ---- qa
+    def question(self, stream, units, index, questions, documents):
+        query, answers, own, related = questions[index]
+        draws = stream("documents")
+        if units >= len(documents):
+            chosen = [i % len(documents) for i in range(units)]
+        else:
+            chosen = list(own)
+            chosen += [related[i] for i in draws.sample(len(related), min(len(related), max(0, units - len(chosen))))]
+            others = [i for i in range(len(documents)) if i not in chosen]
+            chosen += [others[i] for i in draws.sample(len(others), max(0, units - len(chosen)))]
+        chosen = draws.shuffled(chosen)
+        context = "\n\n".join(DOCUMENT.format(i=i + 1, document=documents[d]) for i, d in enumerate(chosen))
+        return QA.format(context=context, query=query), QA_PREFIX, answers
+
+
+def numbered(words):
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
+def read_squad(data):
+    """-> [(question, answers, own documents, others of the article)], documents"""
+    documents = sorted({paragraph["context"] for article in data["data"] for paragraph in article["paragraphs"]},
+                       key=lambda text: text.encode())
+    questions = []
+    for article in data["data"]:
+        of_article = sorted({documents.index(paragraph["context"]) for paragraph in article["paragraphs"]})
+        for paragraph in article["paragraphs"]:
+            own = documents.index(paragraph["context"])
+            questions += [(qa["question"], [answer["text"] for answer in qa["answers"]], [own], [i for i in of_article if i != own])
+                          for qa in paragraph["qas"] if not qa["is_impossible"]]
+    return questions, documents
+
+
+def read_hotpot(data):
+    text = lambda title, sentences: title + "\n" + "".join(sentences)
+    documents = sorted({text(*pair) for entry in data for pair in entry["context"]}, key=lambda text: text.encode())
+    return [(entry["question"], [entry["answer"]], [documents.index(text(*pair)) for pair in entry["context"]], [])
+            for entry in data], documents

@@ -39,19 +39,46 @@ def untimed(records):
 
 # ---- prompts
 
+def sentence(stream, words=20):
+    return " ".join(f"w{stream.below(5000)}" for _ in range(words)).capitalize() + "."
+
+
 @pytest.fixture(scope="session")
-def twin(demo_dir):
+def question_files(tmp_path_factory):
+    """Made-up files in the forms of SQuAD 2.0 and HotpotQA: few documents, so that long prompts repeat them."""
+    draws, folder = ruler.Stream("questions"), tmp_path_factory.mktemp("questions")
+    squad = {"version": "v2.0", "data": [
+        {"title": f"Article {a}", "paragraphs": [
+            {"context": f"Paragraph {a}.{p} \u00e9: " + " ".join(sentence(draws) for _ in range(4)), "qas": [
+                {"question": f"What does paragraph {a}.{p} say?", "id": "x", "is_impossible": q == 1,
+                 "answers": [] if q == 1 else [{"text": f"answer {a}.{p}", "answer_start": 0}, {"text": f"ANSWER {a}.{p}!", "answer_start": 0}]}
+                for q in range(2)]}
+            for p in range(6)]}
+        for a in range(3)]}
+    titles = [[f"Title {i}", [sentence(draws), " " + sentence(draws)]] for i in range(30)]
+    hotpot = [{"_id": "x", "question": f"Which title follows {i}?", "answer": f"Title {i + 1}",
+               "context": [titles[j] for j in draws.sample(30, 5)]} for i in range(6)]
+    for name, data in {"squad.json": squad, "hotpot.json": hotpot}.items():
+        (folder / name).write_text(json.dumps(data))
+    return {"qa_1": folder / "squad.json", "qa_2": folder / "hotpot.json"}
+
+
+@pytest.fixture(scope="session")
+def twin(demo_dir, question_files):
     tokenizer = Tokenizer.from_file(str(demo_dir / "tokenizer.json"))
     twin = ruler.Ruler((demo_dir / "haystack.txt").read_text(), (demo_dir / "words.txt").read_text().split(),
-                       lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
+                       lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
+                       questions={"qa_1": ruler.read_squad(json.loads(question_files["qa_1"].read_text())),
+                                  "qa_2": ruler.read_hotpot(json.loads(question_files["qa_2"].read_text()))})
     twin.tokenizer = tokenizer
     return twin
 
 
 @pytest.mark.parametrize("task", ruler.GENERATE)
-def test_prompts_are_rulers(cli, demo_dir, twin, tmp_path, task):
+def test_prompts_are_rulers(cli, demo_dir, twin, question_files, tmp_path, task):
     out = tmp_path / "prompts.jsonl"
-    eval_ruler(cli, demo_dir, "--tasks", task, "--lengths", 1500, 4096, "--samples", 3, "--prompts", out)
+    eval_ruler(cli, demo_dir, "--tasks", task, "--lengths", 1500, 4096, "--samples", 3, "--prompts", out,
+               "--qa-1", question_files["qa_1"], "--qa-2", question_files["qa_2"])
     prompts = json_lines(out)
     assert [(line["tokens"], line["sample"]) for line in prompts] == [(n, i) for n in (1500, 4096) for i in range(3)]
     for line in prompts:
@@ -70,9 +97,9 @@ def test_prompts_are_rulers(cli, demo_dir, twin, tmp_path, task):
 
 def test_every_answer_is_in_its_prompt_and_samples_differ(cli, demo_dir, tmp_path):
     out = tmp_path / "prompts.jsonl"
-    eval_ruler(cli, demo_dir, "--tasks", "all", "--lengths", 2048, "--samples", 4, "--prompts", out)
+    eval_ruler(cli, demo_dir, "--tasks", "generated", "--lengths", 2048, "--samples", 4, "--prompts", out)
     prompts = json_lines(out)
-    assert {line["task"] for line in prompts} == set(ruler.GENERATE)
+    assert {line["task"] for line in prompts} == set(ruler.GENERATE) - {"qa_1", "qa_2"}
     for line in prompts:
         assert all(answer in line["prompt"] for answer in line["answers"]), line["task"]
     assert len({line["prompt"] for line in prompts}) == len(prompts)
@@ -222,6 +249,10 @@ BAD_RULER = {
     "more than the model's positions": (["--lengths", 10**6], "length is 1000000 tokens"),
     "too short for the prompt": (["--tasks", "vt", "--lengths", 300], "task vt does not fit into 300 tokens"),
     "no samples": (["--samples", 0], "0 samples"),
+    "no questions": (["--tasks", "all"], "task qa_1 needs questions with documents\n  try: --qa-1 FILE"),
+    "missing questions": (["--qa-2", "no/such/questions.json"], "no/such/questions.json"),
+    "too short for a vocabulary": (["--tasks", "fwe", "--lengths", 200], "allowed: 250 tokens or more"),
+    "too few words": (["--tasks", "cwe", "--lengths", 32768, "--words", "SHORT"], "--words FILE with more words"),
     "shard outside": (["--shard", "2/2"], "I from 0 to N - 1"),
     "shard no number": (["--shard", "first"], "--shard is 'first'"),
     "shard with a tail": (["--shard", "0/2x"], "--shard is '0/2x'"),
@@ -243,8 +274,11 @@ BAD_RULER = {
 
 
 @pytest.mark.parametrize("name", BAD_RULER)
-def test_bad_flag_exits_2_with_a_named_error(cli, demo_dir, name):
+def test_bad_flag_exits_2_with_a_named_error(cli, demo_dir, tmp_path, name):
     flags, text = BAD_RULER[name]
+    short = tmp_path / "words.txt"
+    short.write_text("".join(f"word{i}\n" for i in range(200)))
+    flags = [short if part == "SHORT" else part for part in flags]
     base = [] if "--tasks" in flags else ["--tasks", "niah_single_2"]
     assert text in eval_ruler(cli, demo_dir, *base, *flags, expect=2)
 
@@ -257,6 +291,43 @@ def test_default_texts_that_are_not_there_are_asked_for_only_when_needed(cli, de
     message = run(cli, *command, "--tasks", "niah_single_1", cwd=tmp_path, expect=2)
     assert "needs words" in message and "--words" in message
     run(cli, *command, "--tasks", "vt", cwd=tmp_path)
+
+
+BAD_QUESTIONS = {
+    "not JSON": ("{", "not as in SQuAD 2.0 or HotpotQA"),
+    "another object": ("{}", "no set of questions"),
+    "no article": ('{"data": []}', "no question that has an answer"),
+    "no paragraphs": ('{"data": [{"title": "x"}]}', "paragraphs"),
+    "unanswerable only": ('{"data": [{"paragraphs": [{"context": "x", "qas": [{"question": "y", "is_impossible": true, "answers": []}]}]}]}',
+                          "no question that has an answer"),
+    "no answer": ('[{"question": "x", "context": []}]', "answer"),
+    "a context of numbers": ('[{"question": "x", "answer": "y", "context": [[1, 2]]}]', "not as in SQuAD 2.0 or HotpotQA"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_QUESTIONS)
+def test_bad_questions(cli, demo_dir, tmp_path, name):
+    content, text = BAD_QUESTIONS[name]
+    (tmp_path / "questions.json").write_text(content)
+    message = eval_ruler(cli, demo_dir, "--tasks", "qa_1", "--qa-1", tmp_path / "questions.json", expect=2)
+    assert text in message and "questions.json" in message
+
+
+def test_more_samples_than_questions(cli, demo_dir, question_files, tmp_path):
+    for task, count in {"qa_1": 18, "qa_2": 6}.items():
+        flags = ["--tasks", task, f"--{task.replace('_', '-')}", question_files[task], "--lengths", 2048, "--prompts", tmp_path / "out.jsonl"]
+        assert f"allowed: 1 to {count}" in eval_ruler(cli, demo_dir, *flags, "--samples", count + 1, expect=2)
+        eval_ruler(cli, demo_dir, *flags, "--samples", count)
+
+
+def test_any_answer_of_a_question_counts(cli, demo_dir, question_files, tmp_path):
+    work = tmp_path / "work.jsonl"
+    eval_ruler(cli, demo_dir, "--tasks", "qa_1", "--qa-1", question_files["qa_1"], "--lengths", 1024, "--samples", 2, "--selector", "dense",
+               "--work", work)
+    header, *records = json_lines(work)
+    assert header["configuration"]["qa_1"] != "none" and header["configuration"]["qa_2"] == "none"
+    for record in records:
+        assert record["score"] == float(any(answer.lower() in record["output"].lower() for answer in record["answers"]))
 
 
 @pytest.mark.parametrize("flag, text", [("--essays", "words of prose"), ("--words", "allowed: 100 or more")])
