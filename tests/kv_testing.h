@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -104,10 +105,33 @@ inline std::uint32_t bits(float value) { return std::bit_cast<std::uint32_t>(val
 /// What one request sees of one layer: bits of K and V of its first tokens, and of the records of their pages.
 struct LayerContents {
   std::vector<std::uint32_t> k, v;  // [tokens, Hkv, D]
-  std::vector<std::uint32_t> mean;  // [pages, Hkv, D]
+  /// Per page and head, as far as the cache keeps them: mean_k, sub_mean_k of granules with tokens, mean_v, norm_k of
+  /// the tokens, coherence, gate pools of blocks with tokens.
+  std::vector<std::uint32_t> records;
   std::vector<std::int32_t> count;  // [pages]
   bool operator==(const LayerContents&) const = default;
 };
+
+inline void append_bits(std::vector<std::uint32_t>& out, const float* values, std::int32_t count) {
+  for (std::int32_t i = 0; i < count; ++i) out.push_back(bits(values[i]));
+}
+
+/// The record of one (physical page, KV head) whose first `tokens` tokens are there.
+inline void append_record(const PageSummaryView& summaries, std::int32_t page, std::int32_t head, std::int32_t tokens,
+                          std::vector<std::uint32_t>& out) {
+  const std::int32_t dim = summaries.head_dim;
+  const std::int32_t granule = granule_tokens(summaries.page_tokens);
+  if (summaries.mean_k != nullptr) append_bits(out, summaries.mean(page, head), dim);
+  if (summaries.sub_mean_k != nullptr) {
+    append_bits(out, summaries.sub_mean(page, head, 0), (tokens + granule - 1) / granule * dim);
+  }
+  if (summaries.mean_v != nullptr) append_bits(out, summaries.value_mean(page, head), dim);
+  if (summaries.norm_k != nullptr) append_bits(out, summaries.norms(page, head), tokens);
+  if (summaries.coherence != nullptr) append_bits(out, summaries.coherence + summaries.record(page, head), 1);
+  if (summaries.gate_pool != nullptr) {
+    append_bits(out, summaries.gate_block(page, head, 0), (tokens + kGateBlockTokens - 1) / kGateBlockTokens * 3 * dim);
+  }
+}
 
 inline LayerContents read_layer(const PagedKvCache& cache, RequestId request, std::int32_t layer, std::int32_t tokens) {
   const auto table = cache.page_table(request);
@@ -127,9 +151,8 @@ inline LayerContents read_layer(const PagedKvCache& cache, RequestId request, st
   for (std::int32_t j = 0; j * kv.page_tokens < tokens; ++j) {
     const std::int32_t page = table.value()[static_cast<std::size_t>(j)];
     contents.count.push_back(summaries.count[page]);
-    if (summaries.mean_k == nullptr) continue;
     for (std::int32_t h = 0; h < kv.num_kv_heads; ++h) {
-      for (std::int32_t d = 0; d < kv.head_dim; ++d) contents.mean.push_back(bits(summaries.mean(page, h)[d]));
+      append_record(summaries, page, h, std::min(kv.page_tokens, tokens - j * kv.page_tokens), contents.records);
     }
   }
   return contents;

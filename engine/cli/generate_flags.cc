@@ -23,6 +23,14 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
   command.add_option("--share", share,
                      "mean-key: keep a page whose share of a tile's attention estimate is at least this");
   command.add_option("--alpha", alpha, "mean-key: keep a page whose energy is at least this times the largest");
+  command.add_option("--lift", lift,
+                     "mean-key: and whose share is at least this many times that of a page when all are equal");
+  command
+      .add_option(
+          "--budget", budget,
+          "How many pages a selector keeps: native (its own rule), threshold=X, top=X, mass=X or density=X, then "
+          ",min=N and ,max=N pages")
+      ->capture_default_str();
   command.add_option("--mode", mode, "Union of the pages: paper (one list per chunk and KV head)")
       ->capture_default_str();
   command.add_option("--backend", backend, "Where to compute: cpu")->capture_default_str();
@@ -88,6 +96,8 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
     resolved.sparsity.selector.mean_key.alpha = -1;
   }
   if (alpha >= 0) resolved.sparsity.selector.mean_key.alpha = alpha;
+  if (lift >= 0) resolved.sparsity.selector.mean_key.lift = lift;
+  CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.budget, parse_budget(budget));
   // An unknown selector should fail before a model is loaded.
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto sampler_check, Sampler::create(resolved.sampling));

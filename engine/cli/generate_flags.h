@@ -19,6 +19,8 @@ struct GenerateFlags {
   std::string chat = "auto";
   float share = -1;  // < 0: the preset's
   float alpha = -1;  // < 0: the preset's
+  float lift = -1;   // < 0: the preset's
+  std::string budget = "native";
   std::int32_t threads = 0;
   GenerateOptions options;
 

@@ -63,7 +63,8 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
   if (reason == DenseReason::kNone) {
     {
       const StageTimer timer(report.select_seconds);
-      const SelectInput select_input{chunks, q, cache.summaries(layer), kv.page_tokens, softmax_scale_};
+      const SelectInput select_input{chunks, q,     cache.summaries(layer), kv.page_tokens, softmax_scale_,
+                                     kv,     layer, options_.forced};
       CA_RETURN_IF_ERROR(selector_->select(select_input, mask_, pool));
     }
     const StageTimer timer(report.unite_seconds);

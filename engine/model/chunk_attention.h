@@ -47,8 +47,8 @@ class ChunkAttention {
                                                      std::int32_t num_q_heads, std::int32_t num_kv_heads,
                                                      float softmax_scale);
 
-  /// Whether the cache must carry page means.
-  [[nodiscard]] bool needs_page_means() const noexcept { return selector_->needs_page_means(); }
+  /// What the cache must carry for the selector.
+  [[nodiscard]] SelectorNeeds needs() const noexcept { return selector_->needs(); }
 
   /// q: [C, Hq, D] and k, v: [C, Hkv, D], rotated. Appends k and v at `chunk.chunk_start` and writes o: [C, Hq, D].
   /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps, a dense

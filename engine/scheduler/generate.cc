@@ -52,9 +52,9 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
   // The last sampled token is never fed back, so it needs no room.
   const std::int64_t positions =
       std::min<std::int64_t>(prompt_tokens + options.max_tokens - 1, config.max_position_embeddings);
-  PagedKvOptions cache_options{
-      config.num_hidden_layers, config.num_key_value_heads, config.head_dim, options.page_tokens,
-      options.kv_pages,         options.kv_dtype,           KvLayout::kHnd,  attention.needs_page_means()};
+  PagedKvOptions cache_options{config.num_hidden_layers, config.num_key_value_heads, config.head_dim,
+                               options.page_tokens,      options.kv_pages,           options.kv_dtype,
+                               KvLayout::kHnd,           attention.needs().summaries};
   // A page size that create() will refuse must not divide here.
   if (options.kv_pages == 0) cache_options.num_pages = pages_for(positions, std::max(1, options.page_tokens));
   CA_ASSIGN_OR_RETURN(PagedKvCache cache, PagedKvCache::create(cache_options));

@@ -30,13 +30,6 @@ struct AttentionUnit {
   std::int32_t causal_shift = 0;  // chunk position of the unit's first query
 };
 
-/// Pages every unit reads, whatever the selector says. In tokens, rounded up to pages (docs/design/method.md section
-/// 4).
-struct ForcedPages {
-  std::int32_t sink_tokens = 256;
-  std::int32_t window_tokens = 512;  // counted back from each query block's first page, that page included
-};
-
 /// Sums behind density and union inflation (docs/design/method.md 1.3), weighted by rows = tokens x query heads. Chunk
 /// pages do not count: density is about what may be dropped.
 struct UnionStats {

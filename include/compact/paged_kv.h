@@ -4,7 +4,8 @@
 /// One page table serves all layers. A chunk is appended in two steps: `extend` gives the request room for its
 /// tokens (all layers at once, all or nothing), then `write` stores K and V layer by layer. A chunk may start and
 /// end anywhere in a page. Thread safety: none; one owner calls, `write` uses the pool inside.
-/// Source of the summaries: docs/design/method.md section 2 (page means: FlashPrefill, arXiv 2603.06199).
+/// Source of the summaries: docs/design/method.md section 2 (page means: FlashPrefill, arXiv 2603.06199; gate pools:
+/// SeerAttention, arXiv 2410.13276; coherence: SpargeAttn, arXiv 2502.18137).
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct PagedKvOptions {
   std::int32_t num_pages = 0;      // pages shared by all requests
   DType dtype = DType::kF32;
   KvLayout layout = KvLayout::kHnd;
-  bool page_means = true;  // mean_k, for selectors that need it
+  SummaryFields summaries{.mean_k = true};  // what the selectors in use need
 };
 
 /// Names a live request of one cache. Ids are never reused.
@@ -57,11 +58,12 @@ class PagedKvCache {
   /// A new request that shares the first `tokens` tokens of `parent`. Complete pages are shared for good. If `tokens`
   /// ends inside a page, that page is copied with its summary by the child's next `extend`, or taken over if nobody
   /// else holds it by then; the parent's writes never reach the child. Needs no free page. Errors: kInvalidArgument
-  /// (unknown parent; more tokens than the parent has written in every layer), kOutOfMemory.
+  /// (unknown parent; more tokens than the parent has written in every layer), kUnsupported (gate pools, and tokens not
+  /// a multiple of 64), kOutOfMemory.
   [[nodiscard]] Result<RequestId> fork(RequestId parent, std::int32_t tokens);
 
   /// Drops the tokens from `tokens` on (a rejected draft, a rolled-back chunk). Freed pages return to the pool.
-  /// Errors: kInvalidArgument (unknown request, tokens outside [0, length]).
+  /// Errors: kInvalidArgument (unknown request, tokens outside [0, length]), kUnsupported (as in `fork`).
   [[nodiscard]] Status truncate(RequestId request, std::int32_t tokens);
 
   /// Forgets the request; pages that nobody else holds return to the pool.
@@ -74,11 +76,16 @@ class PagedKvCache {
   [[nodiscard]] Status extend(RequestId request, std::int32_t tokens);
 
   /// Stores K and V (post-RoPE) of the tokens [first_position, first_position + k.tokens) in one layer, rounds them
-  /// to the cache's dtype and continues the page means from the values as stored. k and v: [tokens, Hkv, D].
+  /// to the cache's dtype and continues the summaries from the values as stored. k and v: [tokens, Hkv, D]; k_pre: K
+  /// before RoPE, the same shape, read by gate pools only.
   /// Errors: kInvalidArgument if the layer's next position is not first_position (a gap or a second write), if the
   /// tokens pass the request's length, or if a shape differs from the cache's.
   [[nodiscard]] Status write(RequestId request, std::int32_t layer, std::int32_t first_position, ConstRows k,
-                             ConstRows v, ThreadPool& pool);
+                             ConstRows v, ThreadPool& pool, ConstRows k_pre = {});
+
+  /// Bytes of the records (all layers, running sums of open requests excluded) that a cache of these options keeps, for
+  /// choosing before making one. Errors: those of `create`, which is not called.
+  [[nodiscard]] static Result<std::int64_t> record_bytes(const PagedKvOptions& options);
 
   /// Tokens that the request has room for; what `write` may reach.
   [[nodiscard]] Result<std::int32_t> length(RequestId request) const;
@@ -88,7 +95,7 @@ class PagedKvCache {
 
   /// An empty view for a layer out of range.
   [[nodiscard]] PagedKvView layer(std::int32_t layer) const noexcept;
-  /// mean_k is null when the cache was made without page means. The count of a page that two requests share and that is
+  /// A field is null when the cache was made without it. The record of a page that two requests share and that is
   /// incomplete may describe the other's tokens until the next `extend`: use complete pages only.
   [[nodiscard]] PageSummaryView summaries(std::int32_t layer) const noexcept;
 

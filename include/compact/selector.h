@@ -49,19 +49,84 @@ struct BlockMask {
              std::vector<QueryBlock> query_blocks);
 };
 
+/// Pages every query block reads, whatever the selector says. In tokens, rounded up to pages (docs/design/method.md
+/// section 4).
+struct ForcedPages {
+  std::int32_t sink_tokens = 256;
+  std::int32_t window_tokens = 512;  // counted back from each query block's first page, that page included
+};
+
+/// The past pages of a query block that are forced: [0, sink_end) and [window_begin, window_end), none at or above Np.
+struct ForcedRanges {
+  std::int32_t sink_end = 0;
+  std::int32_t window_begin = 0;
+  std::int32_t window_end = 0;
+
+  [[nodiscard]] bool contains(std::int32_t page) const noexcept {
+    return page < sink_end || (page >= window_begin && page < window_end);
+  }
+};
+[[nodiscard]] ForcedRanges forced_ranges(const ForcedPages& forced, const QueryBlock& block, std::int32_t page_tokens,
+                                         std::int32_t past_pages) noexcept;
+
+/// How a row of scores becomes a row of the mask (docs/design/method.md 3.2).
+enum class BudgetKind : std::int32_t {
+  kNative = 0,     ///< the selector's own rule and threshold
+  kThreshold = 1,  ///< every page with score >= value
+  kTopN = 2,       ///< the ceil(value * Np) best pages of each row; value in 0..1
+  kMass = 3,       ///< the fewest best pages whose scores reach value * (sum of the row); pages read anyway count first
+  kDensity = 4,    ///< the best pages of all rows of a chunk, until their density before the union reaches value
+};
+
+/// Scores that are equal go to the lower page. A row with nothing to compare keeps all its pages (a threshold of 0 or
+/// less, a mass or density of 1).
+struct Budget {
+  BudgetKind kind = BudgetKind::kNative;
+  float value = 0;             // not used by kNative
+  std::int32_t min_pages = 0;  // every row keeps its best pages up to this many; 0: off
+  std::int32_t max_pages = 0;  // and no more than this many; 0: off
+};
+
+/// "native", "threshold=0.02", "top=0.1", "mass=0.95", "density=0.1", each with ",min=N" and ",max=N" if wanted.
+/// Errors: kInvalidArgument with the text seen and what is allowed.
+[[nodiscard]] Result<Budget> parse_budget(std::string_view text);
+
+/// One number for each (layer, mask head), as calibration fits them; empty: one setting for all.
+struct HeadThresholds {
+  std::int32_t num_layers = 0;
+  std::int32_t num_heads = 0;  // mask heads of the selector: Hq, or Hkv where the heads of a KV head share rows
+  std::vector<float> values;   // [num_layers, num_heads]
+
+  [[nodiscard]] bool empty() const noexcept { return values.empty(); }
+  [[nodiscard]] float at(std::int32_t layer, std::int32_t head, float otherwise) const noexcept {
+    return empty() ? otherwise
+                   : values[static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_heads) +
+                            static_cast<std::size_t>(head)];
+  }
+};
+
+/// What a selector reads besides Q, the page tables and the token counts of pages.
+struct SelectorNeeds {
+  SummaryFields summaries{};
+  bool k_cache = false;  ///< SelectInput::kv
+};
+
 struct SelectInput {
-  std::span<const ChunkView> chunks;  // [B]
-  ConstRows q;                        // [T, Hq, D]  post-RoPE
-  PageSummaryView summaries;          // of this layer
-  std::int32_t page_tokens = 0;       // P
-  float softmax_scale = 0;            // s
+  std::span<const ChunkView> chunks{};  // [B]
+  ConstRows q{};                        // [T, Hq, D]  post-RoPE
+  PageSummaryView summaries{};          // of this layer
+  std::int32_t page_tokens = 0;         // P
+  float softmax_scale = 0;              // s
+  PagedKvView kv{};        // of this layer, the chunks' own tokens appended; for selectors that need k_cache
+  std::int32_t layer = 0;  // whose thresholds apply
+  ForcedPages forced{};    // OR-ed into the lists later; budgets count them first
 };
 
 class Selector {
  public:
   virtual ~Selector() = default;
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
-  [[nodiscard]] virtual bool needs_page_means() const noexcept = 0;
+  [[nodiscard]] virtual SelectorNeeds needs() const noexcept = 0;
   /// Fills `mask` (reset included). Same input, same bits, for any number of threads.
   /// Errors: kInvalidArgument for inconsistent shapes, a missing summary, or one whose token count is not P on a
   /// past page (stale): a page is never left out silently.
@@ -83,17 +148,22 @@ struct MeanKeyOptions {
   ScoreNorm norm = ScoreNorm::kRow;
   /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. At most 1; 0 or less keeps every page.
   float share = 0.03F;
+  /// and only if E[j] >= lift / (pages scored), so many times the share of a page when all are equal; 0: off. Without
+  /// it a flat head keeps everything while it has fewer than 1 / share pages.
+  float lift = 0.0F;
   /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile.
   /// Used when >= 0, at most 1; 0 keeps every page.
   float alpha = -1.0F;
 };
 
 struct SelectorOptions {
-  std::string name = "mean-key";  // dense | static | mean-key
-  MeanKeyOptions mean_key;
+  std::string name = "mean-key";  // one of selector_names()
+  MeanKeyOptions mean_key{};
+  Budget budget{};              // in place of the selector's own rule; not for dense and static
+  HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
 };
 
-/// Known names, for messages and help: "dense, static, mean-key".
+/// Known names, for messages and help: "dense, static, mean-key, ...".
 [[nodiscard]] std::string selector_names();
 
 /// Errors: kInvalidArgument for an unknown name (lists the known) or an option out of range.

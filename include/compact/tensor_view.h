@@ -58,16 +58,59 @@ struct PagedKvView {
   }
 };
 
-/// Mean keys of one layer, one record per (physical page, KV head): docs/design/method.md section 2.
+/// w: tokens whose keys are summed in one go; page means are sums of granule sums (docs/design/method.md 2.2).
+[[nodiscard]] constexpr std::int32_t granule_tokens(std::int32_t page_tokens) noexcept {
+  return page_tokens < 32 ? page_tokens : 32;
+}
+
+/// Tokens that an AttnGate pools; pages hold whole blocks of them.
+inline constexpr std::int32_t kGateBlockTokens = 64;
+
+/// Which records a cache keeps per page beside K and V, and which ones a selector reads (docs/design/method.md 2.1).
+/// All are of K and V as stored, after RoPE, except gate_pool.
+struct SummaryFields {
+  bool mean_k = false;      ///< mean key of a page
+  bool sub_mean_k = false;  ///< mean keys of its granules
+  bool mean_v = false;      ///< mean value of a page
+  bool norm_k = false;      ///< norm of every key
+  bool coherence = false;   ///< squared norm of the mean of k / norm(k): 1 if all keys point one way
+  bool gate_pool = false;   ///< maximum, minimum and mean of keys before RoPE, per 64 tokens
+
+  [[nodiscard]] bool any() const noexcept { return mean_k || sub_mean_k || mean_v || norm_k || coherence || gate_pool; }
+};
+
+/// Summaries of one layer, one record per (physical page, KV head). Null: not kept.
 struct PageSummaryView {
-  const float* mean_k = nullptr;        // [num_pages, Hkv, D]  mean of K as stored in the cache, after RoPE
-  const std::int32_t* count = nullptr;  // [num_pages]          tokens that the mean covers
+  const float* mean_k = nullptr;        // [num_pages, Hkv, D]
+  const std::int32_t* count = nullptr;  // [num_pages]  tokens that the records cover
   std::int32_t num_pages = 0;
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;
+  std::int32_t page_tokens = 0;       // P
+  const float* sub_mean_k = nullptr;  // [num_pages, Hkv, P/w, D]  a granule without tokens is not written
+  const float* mean_v = nullptr;      // [num_pages, Hkv, D]
+  const float* norm_k = nullptr;      // [num_pages, Hkv, P]
+  const float* coherence = nullptr;   // [num_pages, Hkv]
+  const float* gate_pool = nullptr;   // [num_pages, Hkv, P/64, 3, D]  maximum, minimum, mean
 
+  [[nodiscard]] std::int64_t record(std::int32_t page, std::int32_t kv_head) const noexcept {
+    return std::int64_t{page} * num_kv_heads + kv_head;
+  }
   [[nodiscard]] const float* mean(std::int32_t page, std::int32_t kv_head) const noexcept {
-    return mean_k + (std::int64_t{page} * num_kv_heads + kv_head) * head_dim;
+    return mean_k + record(page, kv_head) * head_dim;
+  }
+  [[nodiscard]] const float* value_mean(std::int32_t page, std::int32_t kv_head) const noexcept {
+    return mean_v + record(page, kv_head) * head_dim;
+  }
+  [[nodiscard]] const float* sub_mean(std::int32_t page, std::int32_t kv_head, std::int32_t granule) const noexcept {
+    const std::int32_t granules = page_tokens / granule_tokens(page_tokens);
+    return sub_mean_k + (record(page, kv_head) * granules + granule) * head_dim;
+  }
+  [[nodiscard]] const float* norms(std::int32_t page, std::int32_t kv_head) const noexcept {  // [P]
+    return norm_k + record(page, kv_head) * page_tokens;
+  }
+  [[nodiscard]] const float* gate_block(std::int32_t page, std::int32_t kv_head, std::int32_t block) const noexcept {
+    return gate_pool + (record(page, kv_head) * (page_tokens / kGateBlockTokens) + block) * 3 * head_dim;  // [3, D]
   }
 };
 

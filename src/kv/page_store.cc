@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <initializer_list>
@@ -15,6 +16,7 @@
 namespace compact {
 namespace {
 
+constexpr std::int32_t kMaxPageTokens = 256;
 constexpr std::int64_t kAlignment = 64;  // bytes: a cache line, and the widest vector
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
@@ -40,9 +42,14 @@ Status check_options(const PagedKvOptions& options) {
     if (value < 1) return invalid_argument(fmt::format("create: {} is {}; allowed: 1 or more", name, value));
   }
   const std::int32_t page_tokens = options.page_tokens;
-  if (page_tokens < 16 || page_tokens > 256 || !std::has_single_bit(static_cast<std::uint32_t>(page_tokens))) {
+  if (page_tokens < 16 || page_tokens > kMaxPageTokens ||
+      !std::has_single_bit(static_cast<std::uint32_t>(page_tokens))) {
     return invalid_argument(
         fmt::format("create: page_tokens is {}; allowed: a power of two from 16 to 256", page_tokens));
+  }
+  if (options.summaries.gate_pool && page_tokens % kGateBlockTokens != 0) {
+    return invalid_argument(fmt::format("create: page_tokens is {} with gate pools; allowed: a multiple of {}",
+                                        page_tokens, kGateBlockTokens));
   }
   if (options.dtype != DType::kF32 && options.dtype != DType::kBF16) {
     return invalid_argument(
@@ -75,24 +82,59 @@ void store_rows(const ConstRows& rows, std::int32_t first_row, std::int32_t toke
 
 }  // namespace
 
+std::array<std::int64_t, PageStore::kNumFields> PageStore::field_floats(const PagedKvOptions& o) noexcept {
+  const std::int64_t dim = o.head_dim;
+  const std::int64_t granules = o.page_tokens / granule_tokens(o.page_tokens);
+  std::array<std::int64_t, kNumFields> floats{};
+  if (o.summaries.mean_k) floats[kMeanK] = dim;
+  if (o.summaries.sub_mean_k) floats[kSubMeanK] = granules * dim;
+  if (o.summaries.mean_v) floats[kMeanV] = dim;
+  if (o.summaries.norm_k) floats[kNormK] = o.page_tokens;
+  if (o.summaries.coherence) floats[kCoherence] = 1;
+  if (o.summaries.gate_pool) floats[kGatePool] = o.page_tokens / kGateBlockTokens * 3 * dim;
+  return floats;
+}
+
+PageStore::SumPlan PageStore::plan_sums(const PagedKvOptions& o) noexcept {
+  const std::int64_t granule_floats = std::int64_t{o.page_tokens / granule_tokens(o.page_tokens)} * o.head_dim;
+  SumPlan plan;
+  const auto place = [&](bool wanted, std::int64_t floats, std::int64_t& at) {
+    if (!wanted) return;
+    at = plan.total;
+    plan.total += floats;
+  };
+  place(o.summaries.mean_k || o.summaries.sub_mean_k, granule_floats, plan.keys);
+  place(o.summaries.mean_v, granule_floats, plan.values);
+  place(o.summaries.coherence, granule_floats + o.head_dim, plan.unit_keys);  // and room for their mean
+  place(o.summaries.gate_pool, o.head_dim, plan.gate);
+  return plan;
+}
+
 bool PageStore::plan_block(const PagedKvOptions& o, Plan& plan) noexcept {
   const auto kv = bounded_product({o.num_pages, o.num_kv_heads, o.head_dim, o.page_tokens, dtype_bytes(o.dtype)});
-  const auto mean = bounded_product({o.num_pages, o.num_kv_heads, o.head_dim, std::int64_t{sizeof(float)}});
-  if (!kv || !mean) return false;
+  if (!kv) return false;
   plan.kv_layer_bytes = round_up(*kv, kAlignment);
-  plan.mean_layer_bytes = o.page_means ? round_up(*mean, kAlignment) : 0;
-
   const auto all_kv = bounded_product({o.num_layers, 2, plan.kv_layer_bytes});
-  const auto all_means = bounded_product({o.num_layers, round_up(*mean, kAlignment)});
   const auto all_counts = bounded_product({o.num_layers, o.num_pages, std::int64_t{sizeof(std::int32_t)}});
-  if (!all_kv || !all_means || !all_counts) return false;
-  plan.means_begin = *all_kv;
-  plan.counts_begin = plan.means_begin + o.num_layers * plan.mean_layer_bytes;
+  if (!all_kv || !all_counts) return false;
+  plan.records_begin = *all_kv;
+  plan.counts_begin = *all_kv;
+  const auto floats = field_floats(o);
+  for (std::size_t which = 0; which < kNumFields; ++which) {
+    plan.field_begin[which] = plan.counts_begin;
+    if (floats[which] == 0) continue;
+    const auto layer = bounded_product({o.num_pages, o.num_kv_heads, floats[which], std::int64_t{sizeof(float)}});
+    if (!layer) return false;
+    plan.field_layer_bytes[which] = round_up(*layer, kAlignment);
+    const auto all = bounded_product({o.num_layers, plan.field_layer_bytes[which]});
+    if (!all) return false;
+    plan.counts_begin += *all;
+  }
   plan.total_bytes = plan.counts_begin + *all_counts;
   return true;
 }
 
-Result<PageStore> PageStore::create(const PagedKvOptions& options) {
+Result<PageStore::Plan> PageStore::checked_plan(const PagedKvOptions& options) {
   CA_RETURN_IF_ERROR(check_options(options));
   Plan plan;
   if (!plan_block(options, plan)) {
@@ -101,17 +143,27 @@ Result<PageStore> PageStore::create(const PagedKvOptions& options) {
                     options.num_layers, options.num_pages, options.page_tokens, options.num_kv_heads, options.head_dim,
                     dtype_name(options.dtype)));
   }
+  return plan;
+}
+
+Result<std::int64_t> PageStore::planned_record_bytes(const PagedKvOptions& options) {
+  CA_ASSIGN_OR_RETURN(const Plan plan, checked_plan(options));
+  return plan.total_bytes - plan.records_begin;
+}
+
+Result<PageStore> PageStore::create(const PagedKvOptions& options) {
+  CA_ASSIGN_OR_RETURN(const Plan plan, checked_plan(options));
   LazyMemory block = map_lazily(plan.total_bytes);
   if (block == nullptr) {
     return out_of_memory(fmt::format(
         "create: the system refuses {} bytes ({} for K and V in {} layers x {} pages of {} tokens); take fewer pages",
-        plan.total_bytes, plan.means_begin, options.num_layers, options.num_pages, options.page_tokens));
+        plan.total_bytes, plan.records_begin, options.num_layers, options.num_pages, options.page_tokens));
   }
   return PageStore(options, plan, std::move(block));
 }
 
-std::int64_t PageStore::kv_bytes() const noexcept { return plan_.means_begin; }
-std::int64_t PageStore::record_bytes() const noexcept { return plan_.total_bytes - plan_.means_begin; }
+std::int64_t PageStore::kv_bytes() const noexcept { return plan_.records_begin; }
+std::int64_t PageStore::record_bytes() const noexcept { return plan_.total_bytes - plan_.records_begin; }
 
 PagedKvView PageStore::kv(std::int32_t layer) const noexcept {
   const std::int64_t page_tokens = options_.page_tokens;
@@ -131,21 +183,22 @@ PagedKvView PageStore::kv(std::int32_t layer) const noexcept {
 }
 
 PageSummaryView PageStore::summaries(std::int32_t layer) const noexcept {
-  return {.mean_k = options_.page_means ? means(layer) : nullptr,
+  return {.mean_k = field(kMeanK, layer),
           .count = counts(layer),
           .num_pages = options_.num_pages,
           .num_kv_heads = options_.num_kv_heads,
-          .head_dim = options_.head_dim};
-}
-
-std::int64_t PageStore::sum_floats() const noexcept {
-  if (!options_.page_means) return 0;
-  return std::int64_t{options_.page_tokens / granule_tokens(options_.page_tokens)} * options_.head_dim;
+          .head_dim = options_.head_dim,
+          .page_tokens = options_.page_tokens,
+          .sub_mean_k = field(kSubMeanK, layer),
+          .mean_v = field(kMeanV, layer),
+          .norm_k = field(kNormK, layer),
+          .coherence = field(kCoherence, layer),
+          .gate_pool = field(kGatePool, layer)};
 }
 
 void PageStore::store(std::int32_t layer, std::int32_t page, std::int32_t head, std::int32_t first_token,
-                      std::int32_t tokens, const ConstRows& k, const ConstRows& v, std::int32_t first_row,
-                      float* sums) const noexcept {
+                      std::int32_t tokens, const ConstRows& k, const ConstRows& v, const ConstRows& k_pre,
+                      std::int32_t first_row, float* sums) const noexcept {
   const PagedKvView view = kv(layer);
   const std::int64_t offset = view.offset(page, first_token, head);
   if (options_.dtype == DType::kF32) {
@@ -155,23 +208,59 @@ void PageStore::store(std::int32_t layer, std::int32_t page, std::int32_t head, 
     store_rows<Bf16>(k, first_row, tokens, head, k_bytes(layer), offset, view.token_stride);
     store_rows<Bf16>(v, first_row, tokens, head, v_bytes(layer), offset, view.token_stride);
   }
-  if (options_.page_means) continue_mean(layer, page, head, first_token, tokens, sums);
+  continue_record(layer, page, head, first_token, tokens, sums);
+  if (options_.summaries.gate_pool) {
+    continue_gate_pools(k_pre.row(first_row, head), k_pre.token_stride, first_token, tokens, options_.head_dim,
+                        sums + sum_plan_.gate, record(kGatePool, layer, page, head));
+  }
 }
 
-void PageStore::continue_mean(std::int32_t layer, std::int32_t page, std::int32_t head, std::int32_t first_token,
-                              std::int32_t tokens, float* sums) const noexcept {
+void PageStore::continue_record(std::int32_t layer, std::int32_t page, std::int32_t head, std::int32_t first_token,
+                                std::int32_t tokens, float* sums) const noexcept {
+  if (options_.dtype == DType::kF32) {
+    continue_typed<float>(layer, page, head, first_token, tokens, sums);
+  } else {
+    continue_typed<Bf16>(layer, page, head, first_token, tokens, sums);
+  }
+}
+
+template <class T>
+void PageStore::continue_typed(std::int32_t layer, std::int32_t page, std::int32_t head, std::int32_t first_token,
+                               std::int32_t tokens, float* sums) const noexcept {
+  const SummaryFields& wanted = options_.summaries;
   const PagedKvView view = kv(layer);
   const std::int64_t offset = view.offset(page, first_token, head);
+  const T* k = static_cast<const T*>(view.k) + offset;
+  const T* v = static_cast<const T*>(view.v) + offset;
   const std::int32_t granule = granule_tokens(options_.page_tokens);
-  if (options_.dtype == DType::kF32) {
-    const float* rows = static_cast<const float*>(view.k) + offset;
-    continue_granule_sums(rows, view.token_stride, first_token, tokens, granule, options_.head_dim, sums);
-  } else {
-    const Bf16* rows = static_cast<const Bf16*>(view.k) + offset;
-    continue_granule_sums(rows, view.token_stride, first_token, tokens, granule, options_.head_dim, sums);
+  const std::int32_t count = first_token + tokens;
+  const std::int32_t dim = options_.head_dim;
+
+  if (sum_plan_.keys >= 0) {
+    float* key_sums = sums + sum_plan_.keys;
+    continue_granule_sums(k, view.token_stride, nullptr, first_token, tokens, granule, dim, key_sums);
+    if (wanted.mean_k) finish_page_mean(key_sums, count, granule, dim, record(kMeanK, layer, page, head));
+    if (wanted.sub_mean_k) {
+      finish_granule_means(key_sums, first_token, count, granule, dim, record(kSubMeanK, layer, page, head));
+    }
   }
-  float* mean = means(layer) + (std::int64_t{page} * options_.num_kv_heads + head) * options_.head_dim;
-  finish_page_mean(sums, first_token + tokens, granule, options_.head_dim, mean);
+  if (wanted.mean_v) {
+    float* value_sums = sums + sum_plan_.values;
+    continue_granule_sums(v, view.token_stride, nullptr, first_token, tokens, granule, dim, value_sums);
+    finish_page_mean(value_sums, count, granule, dim, record(kMeanV, layer, page, head));
+  }
+  if (!wanted.norm_k && !wanted.coherence) return;
+
+  std::array<float, kMaxPageTokens> own_norms;
+  float* norms = wanted.norm_k ? record(kNormK, layer, page, head) + first_token : own_norms.data();
+  row_norms(k, view.token_stride, tokens, dim, norms);
+  if (!wanted.coherence) return;
+  float* unit_sums = sums + sum_plan_.unit_keys;
+  continue_granule_sums(k, view.token_stride, norms, first_token, tokens, granule, dim, unit_sums);
+  // The mean itself is not kept: its place is the running state's last row.
+  float* mean = unit_sums + std::int64_t{options_.page_tokens / granule} * dim;
+  finish_page_mean(unit_sums, count, granule, dim, mean);
+  *record(kCoherence, layer, page, head) = squared_norm(mean, dim);
 }
 
 void PageStore::copy_tokens(std::int32_t layer, std::int32_t from_page, std::int32_t to_page,
@@ -186,6 +275,11 @@ void PageStore::copy_tokens(std::int32_t layer, std::int32_t from_page, std::int
     const std::int64_t to = view.offset(to_page, 0, run) * element_bytes;
     std::memcpy(k_bytes(layer) + to, k_bytes(layer) + from, run_bytes);
     std::memcpy(v_bytes(layer) + to, v_bytes(layer) + from, run_bytes);
+  }
+  if (!options_.summaries.gate_pool) return;
+  const auto pool_bytes = static_cast<std::size_t>(tokens / kGateBlockTokens * 3 * options_.head_dim) * sizeof(float);
+  for (std::int32_t head = 0; head < options_.num_kv_heads; ++head) {
+    std::memcpy(record(kGatePool, layer, to_page, head), record(kGatePool, layer, from_page, head), pool_bytes);
   }
 }
 

@@ -30,11 +30,12 @@ namespace {
 constexpr std::int64_t kSerialElements = 32 * 1024;
 
 struct Request {
-  std::int32_t length = 0;             // tokens that there is room for
-  std::vector<std::int32_t> pages;     // [ceil(length / P)]  physical, in logical order
-  std::vector<std::int32_t> written;   // [num_layers]  tokens stored so far, at most length
-  std::unique_ptr<float[]> open_sums;  // [num_layers, Hkv, P/w, D]  of the page that the layer's next token goes to
-  bool tail_stale = false;             // see the top of this file
+  std::int32_t length = 0;            // tokens that there is room for
+  std::vector<std::int32_t> pages;    // [ceil(length / P)]  physical, in logical order
+  std::vector<std::int32_t> written;  // [num_layers]  tokens stored so far, at most length
+  // [num_layers, Hkv, PageStore::sum_floats]  of the page that the layer's next token goes to
+  std::unique_ptr<float[]> open_sums;
+  bool tail_stale = false;  // see the top of this file
 };
 
 // Part of a write that falls into one page.
@@ -63,7 +64,7 @@ struct PagedKvCache::Impl {
   PageAllocator allocator;
   std::unordered_map<RequestId, Request> requests;
   RequestId next_id = 0;
-  std::vector<float> scratch_sums;  // [threads, P/w, D]  of pages that one write fills from start to end
+  std::vector<float> scratch_sums;  // [threads, sum_floats]  of pages that one write fills from start to end
 
   explicit Impl(PageStore pages) : store(std::move(pages)), allocator(store.options().num_pages) {}
 
@@ -75,12 +76,12 @@ struct PagedKvCache::Impl {
   // Whole pages below 2^31, so that a context rounded up to pages is an int32 everywhere.
   std::int32_t max_context() const { return std::numeric_limits<std::int32_t>::max() - (options().page_tokens - 1); }
 
-  std::int64_t open_sum_floats() const {  // [num_layers, Hkv, P/w, D]
+  std::int64_t open_sum_floats() const {
     return std::int64_t{options().num_layers} * options().num_kv_heads * store.sum_floats();
   }
-  float* open_sums(const Request& request, std::int32_t layer, std::int32_t head) const {  // [P/w, D]
+  float* open_sums(const Request& request, std::int32_t layer, std::int32_t head) const {
     const std::int64_t slot = std::int64_t{layer} * options().num_kv_heads + head;
-    return request.open_sums.get() + slot * store.sum_floats();  // null plus 0 without page means
+    return request.open_sums.get() + slot * store.sum_floats();  // null plus 0 without sums
   }
 
   Result<Request*> find(const char* verb, RequestId id) {
@@ -119,9 +120,9 @@ struct PagedKvCache::Impl {
       const std::int32_t tokens = tail_tokens(request, layer);
       store.count(layer, page) = tokens;
       // A layer that has not reached this page still needs its running sums for an earlier one.
-      if (tokens == 0 || !options().page_means) continue;
+      if (tokens == 0) continue;
       for (std::int32_t head = 0; head < options().num_kv_heads; ++head) {
-        store.continue_mean(layer, page, head, 0, tokens, open_sums(request, layer, head));
+        store.continue_record(layer, page, head, 0, tokens, open_sums(request, layer, head));
       }
     }
     request.tail_stale = false;
@@ -142,7 +143,7 @@ struct PagedKvCache::Impl {
   }
 
   Status check_write(RequestId id, const Request& request, std::int32_t layer, std::int32_t first_position,
-                     const ConstRows& k, const ConstRows& v) const {
+                     const ConstRows& k, const ConstRows& v, const ConstRows& k_pre) const {
     if (layer < 0 || layer >= options().num_layers) {
       return invalid_argument(fmt::format("write: layer is {}; allowed: 0 to {}", layer, options().num_layers - 1));
     }
@@ -150,6 +151,13 @@ struct PagedKvCache::Impl {
     CA_RETURN_IF_ERROR(check_rows("V", v, options()));
     if (k.tokens != v.tokens) {
       return invalid_argument(fmt::format("write: K has {} tokens and V has {}", k.tokens, v.tokens));
+    }
+    if (options().summaries.gate_pool) {
+      CA_RETURN_IF_ERROR(check_rows("K before RoPE", k_pre, options()));
+      if (k_pre.tokens != k.tokens) {
+        return invalid_argument(fmt::format("write: K has {} tokens and K before RoPE, which gate pools need, has {}",
+                                            k.tokens, k_pre.tokens));
+      }
     }
     const std::int32_t next = request.written[static_cast<std::size_t>(layer)];
     if (first_position != next) {
@@ -163,6 +171,13 @@ struct PagedKvCache::Impl {
                                           first_position, end, id, request.length));
     }
     return {};
+  }
+
+  // Keys before RoPE are not stored, so the pool of a cut block could not be made again.
+  Status check_gate_edge(const char* verb, RequestId id, std::int32_t tokens) const {
+    if (!options().summaries.gate_pool || tokens % kGateBlockTokens == 0) return {};
+    return unsupported(fmt::format("{}: {} tokens of request {} in a cache with gate pools; allowed: multiples of {}",
+                                   verb, tokens, id, kGateBlockTokens));
   }
 
   PagePart part(const Request& request, std::int32_t first_position, std::int32_t tokens, std::int32_t page_idx) const {
@@ -191,6 +206,10 @@ Result<PagedKvCache> PagedKvCache::create(const PagedKvOptions& options) {
   }
 }
 
+Result<std::int64_t> PagedKvCache::record_bytes(const PagedKvOptions& options) {
+  return PageStore::planned_record_bytes(options);
+}
+
 const PagedKvOptions& PagedKvCache::options() const noexcept { return impl_->options(); }
 std::int32_t PagedKvCache::num_free_pages() const noexcept { return impl_->allocator.num_free(); }
 std::int64_t PagedKvCache::kv_bytes() const noexcept { return impl_->store.kv_bytes(); }
@@ -214,6 +233,7 @@ Result<RequestId> PagedKvCache::fork(RequestId parent, std::int32_t tokens) {
     return invalid_argument(fmt::format("fork: {} tokens of request {}; allowed: 0 to {}, what every layer has written",
                                         tokens, parent, written));
   }
+  CA_RETURN_IF_ERROR(impl_->check_gate_edge("fork", parent, tokens));
   const std::int32_t num_pages = impl_->pages_for(tokens);
   const RequestId id = impl_->next_id;
   try {
@@ -240,6 +260,7 @@ Status PagedKvCache::truncate(RequestId id, std::int32_t tokens) {
         fmt::format("truncate: {} tokens of request {}; allowed: 0 to its length {}", tokens, id, request->length));
   }
   if (tokens == request->length) return {};
+  CA_RETURN_IF_ERROR(impl_->check_gate_edge("truncate", id, tokens));
 
   const auto num_pages = static_cast<std::size_t>(impl_->pages_for(tokens));
   while (request->pages.size() > num_pages) {
@@ -315,9 +336,9 @@ Status PagedKvCache::extend(RequestId id, std::int32_t tokens) {
 }
 
 Status PagedKvCache::write(RequestId id, std::int32_t layer, std::int32_t first_position, ConstRows k, ConstRows v,
-                           ThreadPool& pool) {
+                           ThreadPool& pool, ConstRows k_pre) {
   CA_ASSIGN_OR_RETURN(Request * request, impl_->find("write", id));
-  CA_RETURN_IF_ERROR(impl_->check_write(id, *request, layer, first_position, k, v));
+  CA_RETURN_IF_ERROR(impl_->check_write(id, *request, layer, first_position, k, v, k_pre));
   if (k.tokens == 0) return {};
 
   const PageStore& store = impl_->store;
@@ -336,7 +357,7 @@ Status PagedKvCache::write(RequestId id, std::int32_t layer, std::int32_t first_
   }
 
   const auto store_part = [&](const PagePart& part, std::int32_t head, float* sums) {
-    store.store(layer, part.page, head, part.first_token, part.tokens, k, v, part.first_row, sums);
+    store.store(layer, part.page, head, part.first_token, part.tokens, k, v, k_pre, part.first_row, sums);
   };
   // One item per (head, page), except that the first and the last page of a head are one item: the first continues
   // the running sums that the last replaces. The pages between them are filled whole and leave no sums behind.

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <limits>
 
-#include "src/core/bit_words.h"
 #include "src/select/selector.h"
 
 namespace compact {
@@ -67,18 +66,24 @@ std::int32_t mean_key_block_tokens(TileShape tile, std::int32_t group, std::int3
   return block_tokens_within_page(tile == TileShape::kPacked ? kTileRows / group : kTileRows, page_tokens);
 }
 
-Status check_mean_key_options(const MeanKeyOptions& options) {
+Status check_mean_key_options(const MeanKeyOptions& options, const Budget& budget) {
   if (std::isnan(options.alpha) || options.alpha > 1) {
     return invalid_argument(
         fmt::format("mean-key: alpha is {}; allowed: at most 1, or negative for the share threshold", options.alpha));
   }
-  if (options.alpha >= 0) return {};
+  if (options.norm == ScoreNorm::kTile && budget.kind == BudgetKind::kDensity) {
+    return invalid_argument("mean-key: energies of tile norm do not compare across heads; use row norm for a density");
+  }
+  if (options.alpha >= 0 || budget.kind != BudgetKind::kNative) return {};
   if (options.norm == ScoreNorm::kTile) {
     return invalid_argument("mean-key: tile norm has no shares; set alpha (0..1) or use row norm");
   }
   if (std::isnan(options.share) || options.share > 1) {
     return invalid_argument(
         fmt::format("mean-key: share is {}; allowed: at most 1, 0 keeps every page", options.share));
+  }
+  if (std::isnan(options.lift) || options.lift < 0) {
+    return invalid_argument(fmt::format("mean-key: lift is {}; allowed: 0 (off) or more", options.lift));
   }
   return {};
 }
@@ -103,7 +108,7 @@ Status check_mean_key_input(const SelectInput& input) {
     if (chunk.chunk_tokens == 0) continue;
     if (input.q.data == nullptr) return invalid_argument("mean-key: Q is null");
     if (summaries.mean_k == nullptr || summaries.count == nullptr) {
-      return invalid_argument("mean-key: the cache keeps no page means; create it with page_means");
+      return invalid_argument("mean-key: the cache keeps no page means; create it with summaries.mean_k");
     }
     if (chunk.page_table == nullptr) return invalid_argument(fmt::format("mean-key: chunk {} has no page table", b));
     const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
@@ -123,6 +128,24 @@ Status check_mean_key_input(const SelectInput& input) {
     }
   }
   return {};
+}
+
+std::int32_t reset_mean_key_mask(const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask) {
+  const std::int32_t group = input.q.heads / input.summaries.num_kv_heads;
+  const bool packed = options.tile == TileShape::kPacked;
+  mask.reset(packed ? input.summaries.num_kv_heads : input.q.heads, input.page_tokens, input.chunks,
+             make_query_blocks(input.chunks, mean_key_block_tokens(options.tile, group, input.page_tokens)));
+  return packed ? group : 1;
+}
+
+RowVerdict judge_mean_key(const MeanKeyOptions& options, float value, std::span<const float> energy,
+                          std::span<float> scores) {
+  RowVerdict verdict;
+  std::copy_n(energy.begin(), scores.size(), scores.begin());
+  for (const float chunk_page : energy.subspan(scores.size())) verdict.elsewhere += chunk_page;
+  verdict.threshold = options.alpha >= 0 ? value * *std::max_element(energy.begin(), energy.end())
+                                         : std::max(value, options.lift / static_cast<float>(energy.size()));
+  return verdict;
 }
 
 void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options, const QueryBlock& block,
@@ -158,46 +181,33 @@ void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options,
 }
 
 Status select_mean_key_reference(const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask,
-                                 std::vector<double>* energies, std::vector<double>* margins) {
-  CA_RETURN_IF_ERROR(check_mean_key_options(options));
+                                 std::vector<double>* energies, std::vector<double>* margins, const Budget& budget,
+                                 const HeadThresholds& thresholds) {
+  CA_RETURN_IF_ERROR(check_mean_key_options(options, budget));
   CA_RETURN_IF_ERROR(check_mean_key_input(input));
-  const std::int32_t group = input.q.heads / input.summaries.num_kv_heads;
-  const bool packed = options.tile == TileShape::kPacked;
-  mask.reset(packed ? input.summaries.num_kv_heads : input.q.heads, input.page_tokens, input.chunks,
-             make_query_blocks(input.chunks, mean_key_block_tokens(options.tile, group, input.page_tokens)));
+  const std::int32_t heads_per_row = reset_mean_key_mask(input, options, mask);
   if (energies != nullptr) energies->assign(mask.words.size() * 64, kNaN);
   if (margins != nullptr) margins->assign(mask.words.size() * 64, kNaN);
 
   MeanKeyTile tile;
   std::vector<double> energy;  // [scored pages]
-  for (std::int32_t head = 0; head < mask.mask_heads; ++head) {
-    for (std::int32_t i = 0; i < static_cast<std::int32_t>(mask.blocks.size()); ++i) {
-      const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
-      make_mean_key_tile(input, options, block, head, tile);
-      if (tile.past_pages == 0) continue;
-      std::uint64_t* row = mask.row(head, i);
-      if (mean_key_setting(options) <= 0) {
-        set_bits(row, 0, tile.past_pages);
-        continue;
-      }
-      const std::int64_t nonfinite_rows = tile_energies(input, options, block, tile, energy);
-      mask.nonfinite_rows += nonfinite_rows;
-      if (nonfinite_rows > 0) {
-        set_bits(row, 0, tile.past_pages);
-        continue;
-      }
-      const double threshold =
-          options.alpha >= 0 ? options.alpha * *std::max_element(energy.begin(), energy.end()) : double{options.share};
-      const std::size_t first = static_cast<std::size_t>(row - mask.words.data()) * 64;
-      for (std::int32_t j = 0; j < tile.past_pages; ++j) {
-        const double e = energy[static_cast<std::size_t>(j)];
-        if (static_cast<float>(e) >= static_cast<float>(threshold)) set_bit(row, j);
-        if (energies != nullptr) (*energies)[first + static_cast<std::size_t>(j)] = e;
-        if (margins != nullptr) (*margins)[first + static_cast<std::size_t>(j)] = e / threshold - 1;
-      }
+  const auto score = [&](std::int32_t head, std::int32_t i, float value, std::span<float> scores, std::int32_t) {
+    const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
+    make_mean_key_tile(input, options, block, head, tile);
+    RowVerdict verdict;
+    verdict.nonfinite_rows = tile_energies(input, options, block, tile, energy);
+    if (verdict.nonfinite_rows > 0) return verdict;
+    verdict = judge_mean_key(options, value, std::vector<float>(energy.begin(), energy.end()), scores);
+    const std::size_t first = static_cast<std::size_t>(mask.row(head, i) - mask.words.data()) * 64;
+    for (std::size_t j = 0; j < scores.size(); ++j) {
+      if (energies != nullptr) (*energies)[first + j] = energy[j];
+      if (margins != nullptr) (*margins)[first + j] = energy[j] / double{verdict.threshold} - 1;
     }
-  }
-  return {};
+    return verdict;
+  };
+  ThreadPool caller(1);
+  return select_rows("mean-key", input, RowRule(budget, thresholds, mean_key_setting(options)), heads_per_row, mask,
+                     caller, score);
 }
 
 }  // namespace compact

@@ -5,7 +5,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
+
+#include "src/select/budget.h"
+#include "src/select/select_rows.h"
 
 namespace compact {
 namespace {
@@ -18,7 +22,8 @@ struct Entry {
 constexpr Entry kSelectors[] = {
     {"dense", [](const SelectorOptions&) -> Result<std::unique_ptr<Selector>> { return make_dense_selector(); }},
     {"static", [](const SelectorOptions&) -> Result<std::unique_ptr<Selector>> { return make_static_selector(); }},
-    {"mean-key", [](const SelectorOptions& options) { return make_mean_key_selector(options.mean_key); }},
+    {"oracle", make_oracle_selector},
+    {"mean-key", make_mean_key_selector},
 };
 
 struct Preset {
@@ -31,12 +36,36 @@ struct Preset {
 constexpr Preset kMeanKeyPresets[] = {
     {"mean-key", MeanKeyOptions{}},
     // CompactAttention, arXiv 2605.16839: the v1 score before a union over the chunk.
-    {"compact", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.06F}},
+    {"compact", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.0F, 0.06F}},
     // FlashPrefill, arXiv 2603.06199.
-    {"flashprefill-v1", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.18F}},
+    {"flashprefill-v1", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.0F, 0.18F}},
     // FlashPrefill v2, arXiv 2608.19758.
-    {"flashprefill-v2", {TileShape::kPacked, PageVisibility::kFirst, ScoreNorm::kTile, 0.0F, 0.1F}},
+    {"flashprefill-v2", {TileShape::kPacked, PageVisibility::kFirst, ScoreNorm::kTile, 0.0F, 0.0F, 0.1F}},
 };
+
+// What every selector with scores accepts.
+Status check_common_options(const SelectorOptions& options) {
+  CA_RETURN_IF_ERROR(check_budget(options.name.c_str(), options.budget));
+  const HeadThresholds& table = options.thresholds;
+  const std::int64_t expected = std::int64_t{table.num_layers} * table.num_heads;
+  if (table.num_layers < 0 || table.num_heads < 0 || static_cast<std::int64_t>(table.values.size()) != expected) {
+    return invalid_argument(fmt::format("{}: {} thresholds for {} layers x {} heads", options.name, table.values.size(),
+                                        table.num_layers, table.num_heads));
+  }
+  for (const float value : table.values) {
+    if (std::isnan(value)) return invalid_argument(fmt::format("{}: a threshold is nan", options.name));
+  }
+  if (!table.empty() && options.budget.kind == BudgetKind::kDensity) {
+    return invalid_argument(fmt::format(
+        "{}: a density is shared by all heads of a layer; thresholds per head contradict it", options.name));
+  }
+  const bool default_rule = options.budget.kind == BudgetKind::kNative && options.budget.min_pages == 0 &&
+                            options.budget.max_pages == 0 && table.empty();
+  if ((options.name == "dense" || options.name == "static") && !default_rule) {
+    return invalid_argument(fmt::format("{}: has no scores; allowed: no budget and no thresholds", options.name));
+  }
+  return {};
+}
 
 template <class Entries>
 std::string names_of(const Entries& entries) {
@@ -84,7 +113,22 @@ Status check_select_input(const SelectInput& input) {
 
 std::string selector_names() { return names_of(kSelectors); }
 
+Status check_thresholds(const char* who, const HeadThresholds& thresholds, std::int32_t layer,
+                        std::int32_t mask_heads) {
+  if (thresholds.empty()) return {};
+  if (thresholds.num_heads != mask_heads) {
+    return invalid_argument(
+        fmt::format("{}: thresholds for {} heads; this mask has {}", who, thresholds.num_heads, mask_heads));
+  }
+  if (layer < 0 || layer >= thresholds.num_layers) {
+    return invalid_argument(
+        fmt::format("{}: thresholds for {} layers; this is layer {}", who, thresholds.num_layers, layer));
+  }
+  return {};
+}
+
 Result<std::unique_ptr<Selector>> make_selector(const SelectorOptions& options) {
+  CA_RETURN_IF_ERROR(check_common_options(options));
   for (const Entry& entry : kSelectors) {
     if (entry.name == options.name) return entry.make(options);
   }

@@ -20,6 +20,7 @@ inline constexpr std::int32_t kTileRows = 128;
 [[nodiscard]] std::unique_ptr<Selector> make_dense_selector();
 [[nodiscard]] std::unique_ptr<Selector> make_static_selector();
 /// Errors: kInvalidArgument (an option out of range).
-[[nodiscard]] Result<std::unique_ptr<Selector>> make_mean_key_selector(const MeanKeyOptions& options);
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_mean_key_selector(const SelectorOptions& options);
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_oracle_selector(const SelectorOptions& options);
 
 }  // namespace compact

@@ -8,7 +8,7 @@ namespace {
 class StaticSelector final : public Selector {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "static"; }
-  [[nodiscard]] bool needs_page_means() const noexcept override { return false; }
+  [[nodiscard]] SelectorNeeds needs() const noexcept override { return {}; }
 
   [[nodiscard]] Status select(const SelectInput& input, BlockMask& mask, ThreadPool&) const override {
     CA_RETURN_IF_ERROR(check_select_input(input));

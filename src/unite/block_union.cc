@@ -15,8 +15,6 @@
 namespace compact {
 namespace {
 
-std::int32_t divide_up(std::int32_t value, std::int32_t step) { return value / step + (value % step != 0 ? 1 : 0); }
-
 // Resolved and checked form of UnionInput.
 struct Shape {
   std::int32_t group = 1;  // G
@@ -121,14 +119,9 @@ Status check_mask(const UnionInput& input, const BlockMask& mask) {
 
 // Sink and window of one query block, past pages only.
 void add_forced_pages(const UnionInput& input, const QueryBlock& block, std::int32_t past_pages, std::uint64_t* words) {
-  const std::int32_t page_tokens = input.page_tokens;
-  set_bits(words, 0, std::min(past_pages, divide_up(input.forced.sink_tokens, page_tokens)));
-  const std::int32_t window_pages = divide_up(input.forced.window_tokens, page_tokens);  // W
-  if (window_pages == 0) return;
-  // Pages that meet [(floor(p_first / P) - W + 1) P, p_last].
-  const std::int32_t first = block.first_position / page_tokens - window_pages + 1;
-  const std::int32_t last = (block.first_position + block.tokens - 1) / page_tokens;
-  set_bits(words, std::max(0, first), std::min(past_pages, last + 1));
+  const ForcedRanges ranges = forced_ranges(input.forced, block, input.page_tokens, past_pages);
+  set_bits(words, 0, ranges.sink_end);
+  set_bits(words, ranges.window_begin, ranges.window_end);
 }
 
 struct ChunkPlan {

@@ -9,38 +9,19 @@
 #include <random>
 #include <vector>
 
-#include "hwy/targets.h"
+#include "tests/cross_backend/targets.h"
 #include "tests/unit/select_step.h"
 
 namespace compact {
 namespace {
 
+using testing::machine_targets;
+using testing::OneTarget;
 using testing::SelectStep;
 using testing::StepSpec;
 
 // Decisions this close to the threshold may differ: fp32 sums of up to 200 scores against fp64.
 constexpr double kBand = 1e-4;
-
-std::vector<std::int64_t> machine_targets() {
-  std::vector<std::int64_t> targets;
-  for (std::int64_t rest = hwy::SupportedTargets(); rest != 0; rest &= rest - 1) targets.push_back(rest & -rest);
-  return targets;
-}
-
-// Makes dispatch choose one instruction set while it lives.
-class OneTarget {
- public:
-  explicit OneTarget(std::int64_t target) {
-    hwy::SetSupportedTargetsForTest(target);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  }
-  ~OneTarget() {
-    hwy::SetSupportedTargetsForTest(0);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  }
-  OneTarget(const OneTarget&) = delete;
-  OneTarget& operator=(const OneTarget&) = delete;
-};
 
 struct Case {
   StepSpec spec;

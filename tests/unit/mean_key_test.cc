@@ -75,9 +75,9 @@ class OneHead {
   SelectStep step_;
 };
 
-MeanKeyOptions share(float value) { return {TileShape::kPacked, PageVisibility::kLast, ScoreNorm::kRow, value, -1.0F}; }
+MeanKeyOptions share(float value) { return {.share = value}; }
 MeanKeyOptions alpha(float value, ScoreNorm norm = ScoreNorm::kTile, PageVisibility visible = PageVisibility::kLast) {
-  return {TileShape::kPacked, visible, norm, 0.0F, value};
+  return {.visible = visible, .norm = norm, .alpha = value};
 }
 
 TEST_P(MeanKey, ShareIsPartOfTheSoftmaxOverPages) {

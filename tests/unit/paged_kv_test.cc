@@ -130,6 +130,93 @@ TEST_F(PagedKv, PassesNonFiniteKeysOn) {
   EXPECT_TRUE(std::isnan(mean(cache, request, 0)));
 }
 
+// --- other summaries, by hand ---
+
+TEST_F(PagedKv, SubMeansCoverGranulesAndDivideTheLastByItsCount) {
+  PagedKvOptions options = small_options();
+  options.page_tokens = 64;
+  options.summaries = {.sub_mean_k = true};
+  PagedKvCache cache = make_cache(options);
+  const RequestId request = cache.add_request();
+  std::vector<float> values(32, 2.0F);
+  values.insert(values.end(), {1.0F, 4.0F, 7.0F});
+  append(cache, request, rows_of(values));
+  const PageSummaryView summaries = cache.summaries(0);
+  EXPECT_EQ(summaries.mean_k, nullptr);
+  const std::int32_t page = cache.page_table(request).value()[0];
+  EXPECT_EQ(summaries.sub_mean(page, 0, 0)[3], 2.0F);
+  EXPECT_EQ(summaries.sub_mean(page, 0, 1)[3], 4.0F);
+}
+
+TEST_F(PagedKv, CoherenceIsOneForOneDirectionAndZeroForOpposites) {
+  PagedKvOptions options = small_options();
+  options.summaries = {.mean_v = true, .norm_k = true, .coherence = true};
+  PagedKvCache cache = make_cache(options);
+  const RequestId request = cache.add_request();
+  append(cache, request, rows_of({1, 2, 3, 4}));  // the same direction, other lengths
+  const PageSummaryView summaries = cache.summaries(0);
+  const std::int32_t page = cache.page_table(request).value()[0];
+  EXPECT_NEAR(summaries.coherence[page], 1.0F, 1e-6F);
+  EXPECT_FLOAT_EQ(summaries.norms(page, 0)[2], 3 * std::sqrt(8.0F));
+  EXPECT_EQ(summaries.value_mean(page, 0)[0], 2.5F);
+  append(cache, request, rows_of({-1, -2, -3, -4}));
+  EXPECT_NEAR(summaries.coherence[page], 0.0F, 1e-6F);
+  append(cache, request, rows_of({0, 0}));  // no direction: counts as none
+  EXPECT_NEAR(summaries.coherence[page], 0.0F, 1e-6F);
+}
+
+TEST_F(PagedKv, GatePoolsAreOfKeysBeforeRope) {
+  PagedKvOptions options = small_options();
+  options.page_tokens = 64;
+  options.summaries = {.gate_pool = true};
+  PagedKvCache cache = make_cache(options);
+  const RequestId request = cache.add_request();
+  expect_ok(cache.extend(request, 66));
+  const Rows rotated = rows_of(std::vector<float>(66, 100.0F));
+  std::vector<float> values(64, 1.0F);
+  values[5] = -7.0F;
+  values[9] = 72.0F;
+  values.insert(values.end(), {3.0F, 5.0F});
+  const Rows raw = rows_of(values);
+  EXPECT_EQ(write(cache, request, 0, 0, rotated).message(),
+            "write: K before RoPE is [0, 0, 0]; the cache takes [tokens, 1, 8]");
+  EXPECT_EQ(cache.write(request, 0, 0, rotated.view(), rotated.view(), pool_, raw.view(0, 3)).message(),
+            "write: K has 66 tokens and K before RoPE, which gate pools need, has 3");
+  expect_ok(cache.write(request, 0, 0, rotated.view(), rotated.view(), pool_, raw.view()));
+  const auto table = cache.page_table(request).value();
+  const float* first = cache.summaries(0).gate_block(table[0], 0, 0);
+  EXPECT_THAT((std::vector{first[0], first[8], first[16]}), ElementsAre(72.0F, -7.0F, (62.0F - 7.0F + 72.0F) / 64));
+  const float* second = cache.summaries(0).gate_block(table[1], 0, 0);
+  EXPECT_THAT((std::vector{second[7], second[15], second[23]}), ElementsAre(5.0F, 3.0F, 4.0F));
+  EXPECT_EQ(cache.truncate(request, 65).message(),
+            "truncate: 65 tokens of request 0 in a cache with gate pools; allowed: multiples of 64");
+  options.page_tokens = 32;
+  EXPECT_EQ(PagedKvCache::create(options).status().message(),
+            "create: page_tokens is 32 with gate pools; allowed: a multiple of 64");
+}
+
+TEST_F(PagedKv, EveryFieldHasItsPrice) {
+  PagedKvOptions options = small_options();  // 2 layers, 8 pages, 1 head, D 8
+  options.page_tokens = 64;
+  const std::int64_t counts = 2 * 8 * 4;
+  const auto bytes = [&](const SummaryFields& fields) {
+    options.summaries = fields;
+    const std::int64_t planned = PagedKvCache::record_bytes(options).value();
+    EXPECT_EQ(make_cache(options).summary_bytes(), planned);
+    return planned - counts;
+  };
+  const std::int64_t records = 2 * 8;
+  EXPECT_EQ(bytes({}), 0);
+  EXPECT_EQ(bytes({.mean_k = true}), records * 8 * 4);
+  EXPECT_EQ(bytes({.sub_mean_k = true}), records * 2 * 8 * 4);
+  EXPECT_EQ(bytes({.mean_v = true}), records * 8 * 4);
+  EXPECT_EQ(bytes({.norm_k = true}), records * 64 * 4);
+  EXPECT_EQ(bytes({.coherence = true}), 2 * 64) << "a cache line a layer";
+  EXPECT_EQ(bytes({.gate_pool = true}), records * 3 * 8 * 4);
+  options.num_pages = 0;
+  EXPECT_EQ(PagedKvCache::record_bytes(options).status().code(), StatusCode::kInvalidArgument);
+}
+
 // --- fork, truncate, release ---
 
 TEST_F(PagedKv, ForkSharesPagesAndTakesNone) {
@@ -369,7 +456,7 @@ TEST_F(PagedKv, StartsArraysOnCacheLines) {
 
 TEST_F(PagedKv, WorksWithoutPageMeans) {
   PagedKvOptions options = small_options();
-  options.page_means = false;
+  options.summaries = {};
   PagedKvCache cache = make_cache(options);
   const RequestId request = cache.add_request();
   append(cache, request, rows_of(std::vector<float>(20, 1.0F)));

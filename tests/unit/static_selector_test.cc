@@ -43,16 +43,16 @@ TEST(StaticSelector, WantsNothing) {
 }
 
 TEST(Selectors, NeedPageMeansOnlyForMeanKey) {
-  EXPECT_FALSE(make_selector({.name = "dense", .mean_key = {}}).value()->needs_page_means());
-  EXPECT_FALSE(make_selector({.name = "static", .mean_key = {}}).value()->needs_page_means());
-  EXPECT_TRUE(make_selector({.name = "mean-key", .mean_key = {}}).value()->needs_page_means());
+  EXPECT_FALSE(make_selector({.name = "dense", .mean_key = {}}).value()->needs().summaries.mean_k);
+  EXPECT_FALSE(make_selector({.name = "static", .mean_key = {}}).value()->needs().summaries.mean_k);
+  EXPECT_TRUE(make_selector({.name = "mean-key", .mean_key = {}}).value()->needs().summaries.mean_k);
 }
 
 TEST(Selectors, UnknownNameListsTheKnown) {
-  const auto selector = make_selector({.name = "xattention", .mean_key = {}});
+  const auto selector = make_selector({.name = "nonesuch"});
   EXPECT_EQ(selector.status().code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(selector.status().message(), "unknown selector 'xattention'; known: dense, static, mean-key");
-  EXPECT_EQ(selector_names(), "dense, static, mean-key");
+  EXPECT_EQ(selector.status().message(), "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key");
+  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key");
 }
 
 TEST(Selectors, PresetsAreTheirPublishedRules) {
