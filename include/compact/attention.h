@@ -59,12 +59,8 @@ struct CrossoverPolicy {
 [[nodiscard]] DenseReason crossover_before_selection(const CrossoverPolicy& policy, const ChunkView& chunk,
                                                      std::int32_t page_tokens) noexcept;
 
-/// Modelled cost of a unit in 1/1024 of a 128 x 128 tile step (docs/design/method.md 5.3).
-[[nodiscard]] std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
-                                     std::int32_t page_tokens) noexcept;
-
-/// Decision after the union, per chunk: rewrites the lists of chunks whose cost is not below dense to all pages and
-/// reports kHighDensity for them. reasons: [B], entries other than kNone are left alone.
+/// Decision after the union, per chunk, by input.options.cost: rewrites the lists of chunks whose cost is not below
+/// dense to all pages and reports kHighDensity for them. reasons: [B], entries other than kNone are left alone.
 [[nodiscard]] Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& input, PageLists& lists,
                                            std::span<DenseReason> reasons);
 

@@ -14,28 +14,28 @@ using ::testing::HasSubstr;
 
 TEST(UnitCost, IsTheFormulaOfTheDesignAtPagesOf128) {
   // One tile of 32 tokens x 4 heads, 10 pages: (10 + 2) * 1024 + 10 * 358 + 1024.
-  EXPECT_EQ(unit_cost(32, 4, 10, 128), 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 10, 128), 12 * 1024 + 3580 + 1024);
   // 1024 tokens x 4 heads: 32 M-tiles.
-  EXPECT_EQ(unit_cost(1024, 4, 10, 128), 32 * 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 1024, 4, 10, 128), 32 * 12 * 1024 + 3580 + 1024);
   // A short tile costs a whole one.
-  EXPECT_EQ(unit_cost(1, 4, 10, 128), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(33, 4, 10, 128), 2 * 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 1, 4, 10, 128), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 33, 4, 10, 128), 2 * 12 * 1024 + 3580 + 1024);
 }
 
 TEST(UnitCost, PacksThePowerOfTwoThatDividesTheHeads) {
-  EXPECT_EQ(unit_cost(128, 7, 1, 128), 7 * 3 * 1024 + 358 + 1024);      // 7 x (128 tokens x 1 head)
-  EXPECT_EQ(unit_cost(128, 6, 1, 128), 3 * 2 * 3 * 1024 + 358 + 1024);  // 3 x 2 x (64 tokens x 2 heads)
-  EXPECT_EQ(unit_cost(1, 256, 1, 128), 3 * 1024 + 358 + 1024);          // more heads than rows of a tile
+  EXPECT_EQ(unit_cost(CostModel(), 128, 7, 1, 128), 7 * 3 * 1024 + 358 + 1024);      // 7 x (128 tokens x 1 head)
+  EXPECT_EQ(unit_cost(CostModel(), 128, 6, 1, 128), 3 * 2 * 3 * 1024 + 358 + 1024);  // 3 x 2 x (64 tokens x 2 heads)
+  EXPECT_EQ(unit_cost(CostModel(), 1, 256, 1, 128), 3 * 1024 + 358 + 1024);          // more heads than rows of a tile
 }
 
 TEST(UnitCost, OtherPageSizesPayByTheToken) {
-  EXPECT_EQ(unit_cost(32, 4, 20, 64), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 80, 16), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 5, 256), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 1, 16), 128 + 2048 + 44 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 20, 64), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 80, 16), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 5, 256), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 1, 16), 128 + 2048 + 44 + 1024);
 }
 
-TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(0, 4, 10, 128), 0); }
+TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(CostModel(), 0, 4, 10, 128), 0); }
 
 TEST(CrossoverBefore, FirstChunkThenShortContext) {
   const CrossoverPolicy policy{.min_context_tokens = 2048};
