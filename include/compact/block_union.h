@@ -98,14 +98,24 @@ struct UnionOptions {
   std::int32_t span_tokens = 0;  // of kSpan, 1 or more
   /// kAdaptive: no merge makes a unit's inflation exceed this / 1024; 0: no bound.
   std::int32_t max_inflation_1024ths = 0;
-  CostModel cost{};  // kAdaptive and the crossover to dense
+  bool list_dropped = false;  // fill PageLists::dropped
+  CostModel cost{};           // kAdaptive and the crossover to dense
+};
+
+/// Past pages that a unit's list leaves out, for the mean correction (attention.h).
+struct DroppedPages {
+  std::int32_t begin = 0;  // first entry in dropped_ids
+  std::int32_t count = 0;
 };
 
 struct PageLists {
   std::int32_t heads_per_unit = 1;     // divides G; the same for every unit
   std::vector<AttentionUnit> units;    // [U]  chunk by chunk, then KV head, then sub-group, then span, ascending
   std::vector<std::int32_t> page_ids;  // [sum of list pages]  physical ids, ascending in logical position within a list
+                                       // unless UnionInput::page_priority orders the past ones
   std::vector<std::int32_t> logical_pages;  // [the same]  logical page of each entry, for reports and tests
+  std::vector<DroppedPages> dropped;        // [U] with UnionOptions::list_dropped, else empty
+  std::vector<std::int32_t> dropped_ids;    // [num_dropped]  physical ids, ascending in logical position within a unit
   std::vector<UnionStats> chunk_stats;      // [B]
 };
 
@@ -117,6 +127,11 @@ struct UnionInput {
   std::int32_t num_physical_pages = 0;  // bound for the page tables
   ForcedPages forced;
   UnionOptions options{};
+  /// Empty, or how early each wanted page should be read: [mask_heads, num_blocks, 64 * words_per_row of the mask], 255
+  /// first. The past pages of a list then stand by the largest priority that a member row gives them, ties ascending;
+  /// forced pages count as 255. For skip-softmax, whose running maximum should converge early; ascending order is what
+  /// caches like.
+  std::span<const std::uint8_t> page_priority{};
 };
 
 /// Up to G = 4 all heads of a KV head share a list; above, sub-groups of the largest divisor of G in 2..4. Without one

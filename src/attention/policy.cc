@@ -39,6 +39,10 @@ void append(const PageLists& from, const ChunkRange& range, PageLists& to) {
   for (std::size_t u = range.unit_begin; u < range.unit_end; ++u) {
     to.units.push_back(from.units[u]);
     to.units.back().list_begin += shift;
+    if (from.dropped.empty()) continue;
+    const auto ids = from.dropped_ids.begin() + from.dropped[u].begin;
+    to.dropped.push_back({static_cast<std::int32_t>(to.dropped_ids.size()), from.dropped[u].count});
+    to.dropped_ids.insert(to.dropped_ids.end(), ids, ids + from.dropped[u].count);
   }
   to.page_ids.insert(to.page_ids.end(), from.page_ids.begin() + range.list_begin,
                      from.page_ids.begin() + range.list_end);
@@ -79,6 +83,11 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
   }
   const std::int64_t dense_units = input.num_q_heads / lists.heads_per_unit;
 
+  if (!lists.dropped.empty() && lists.dropped.size() != lists.units.size()) {
+    return invalid_argument(
+        fmt::format("crossover: dropped pages of {} units for {} units", lists.dropped.size(), lists.units.size()));
+  }
+
   PageLists result;
   result.heads_per_unit = lists.heads_per_unit;
   result.chunk_stats = lists.chunk_stats;
@@ -106,6 +115,7 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
     UnionInput only = input;
     only.chunks = input.chunks.subspan(b, 1);
     only.options.heads_per_unit = lists.heads_per_unit;
+    only.options.list_dropped = !lists.dropped.empty();
     PageLists dense;
     CA_RETURN_IF_ERROR(build_dense_lists(only, dense));
     append(dense, chunk_range(dense, chunk, input.page_tokens, 0), result);

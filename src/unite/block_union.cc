@@ -1,8 +1,8 @@
 // Masks -> unions -> page lists, 64 pages a word (docs/design/method.md 5.1, 5.2, 5.4, 5.5, forced pages of section 4).
 //
-// Spans are fixed first; then parallel passes: OR the member rows of every (sub-group, span) and count; in mode
-// adaptive merge neighbours on a tree; emit each list into its own region. Integer work throughout: any number of
-// threads gives the same lists.
+// Spans are fixed first (spans.h); then parallel passes: OR the member rows of every (sub-group, span) and count
+// (span_unions.h); in mode adaptive merge neighbours on a tree (unit_plan.h, span_tree.h); emit each list into its own
+// region (here). Integer work throughout: any number of threads gives the same lists.
 #include "compact/block_union.h"
 
 #include <fmt/format.h>
@@ -10,31 +10,14 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <string>
 
 #include "src/core/bit_words.h"
-#include "src/unite/span_tree.h"
-#include "src/unite/spans.h"
-#include "src/unite/union_input.h"
+#include "src/unite/unit_plan.h"
 
 namespace compact {
 namespace {
 
-std::int32_t divide_up(std::int32_t value, std::int32_t step) { return value / step + (value % step != 0 ? 1 : 0); }
-
 constexpr std::array<const char*, 4> kModeNames = {"paper", "span", "tile", "adaptive"};  // [UnionMode]
-
-// Sink and window of one query block, past pages only.
-void add_forced_pages(const UnionInput& input, const QueryBlock& block, std::int32_t past_pages, std::uint64_t* words) {
-  const std::int32_t page_tokens = input.page_tokens;
-  set_bits(words, 0, std::min(past_pages, divide_up(input.forced.sink_tokens, page_tokens)));
-  const std::int32_t window_pages = divide_up(input.forced.window_tokens, page_tokens);  // W
-  if (window_pages == 0) return;
-  // Pages that meet [(floor(p_first / P) - W + 1) P, p_last].
-  const std::int32_t first = block.first_position / page_tokens - window_pages + 1;
-  const std::int32_t last = (block.first_position + block.tokens - 1) / page_tokens;
-  set_bits(words, std::max(0, first), std::min(past_pages, last + 1));
-}
 
 // The unit of a whole chunk that lists every page.
 AttentionUnit whole_chunk_unit(const ChunkView& chunk, std::int32_t q_head, std::int32_t group) {
@@ -52,142 +35,156 @@ Status too_many_entries() {
   return invalid_argument("unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
 }
 
-// A chunk with tokens, its spans, and where its unions lie: [sub-group][span] from first_union on.
-struct ChunkPlan {
-  std::int32_t chunk = 0;
-  std::int32_t past_pages = 0;   // Np
-  std::int32_t chunk_pages = 0;  // Kb - Np
-  std::vector<QuerySpan> spans{};
-  std::int64_t first_union = 0;
-};
-
-// Spans of a step and the union of every (chunk, sub-group, span).
-struct SpanUnions {
-  std::int32_t heads_per_unit = 1;
-  std::int32_t sub_groups = 0;  // Hq / heads_per_unit
-  std::vector<ChunkPlan> plans;
-  std::vector<std::int32_t> plan_of;  // [unions]
-  std::vector<std::uint64_t> words;   // [unions, words_per_row]
-  std::vector<std::int64_t> wanted;   // [unions]  rows * pages before the union
-};
-
-// Units of a step: neighbouring spans that share a list.
-struct PlannedUnit {
-  std::int64_t first_union = 0;  // unions [first_union, end_union), spans of one plan and sub-group
-  std::int64_t end_union = 0;
-};
-
-std::int32_t span_tokens_of(const UnionOptions& options, std::int32_t heads_per_unit) {
-  switch (options.mode) {
-    case UnionMode::kPaper: return 0;
-    case UnionMode::kSpan: return options.span_tokens;
-    case UnionMode::kTile:
-    case UnionMode::kAdaptive: break;
-  }
-  return tile_span_tokens(heads_per_unit);
-}
-
-SpanUnions unite_spans(const UnionInput& input, const BlockMask& mask, const UnionShape& shape, ThreadPool& pool) {
-  SpanUnions result;
-  result.heads_per_unit = shape.heads_per_unit;
-  result.sub_groups = input.num_q_heads / shape.heads_per_unit;
-  const std::int32_t span_tokens = span_tokens_of(input.options, shape.heads_per_unit);
-  std::int64_t num_unions = 0;
-  for (std::int32_t b = 0, block = 0; b < static_cast<std::int32_t>(input.chunks.size()); ++b) {
-    const ChunkView& chunk = input.chunks[static_cast<std::size_t>(b)];
-    if (chunk.chunk_tokens == 0) continue;
-    ChunkPlan plan{.chunk = b, .past_pages = chunk.num_past_pages(input.page_tokens), .first_union = num_unions};
-    plan.chunk_pages = chunk.num_pages(input.page_tokens) - plan.past_pages;
-    plan.spans = make_spans(chunk, span_tokens, mask.blocks, block);
-    block = plan.spans.back().end_block;
-    num_unions += static_cast<std::int64_t>(plan.spans.size()) * result.sub_groups;
-    result.plan_of.resize(static_cast<std::size_t>(num_unions), static_cast<std::int32_t>(result.plans.size()));
-    result.plans.push_back(std::move(plan));
+// Builds the lists of planned units; one pass after the other.
+class ListBuilder {
+ public:
+  ListBuilder(const UnionInput& input, const BlockMask& mask, UnitPlan plan, PageLists& lists)
+      : input_(input), mask_(mask), plan_(std::move(plan)), lists_(lists), words_(words_of(mask)) {
+    listed_.resize(plan_.units.size());
   }
 
-  const auto words_per_row = static_cast<std::size_t>(mask.words_per_row);
-  result.words.resize(static_cast<std::size_t>(num_unions) * words_per_row);
-  result.wanted.resize(static_cast<std::size_t>(num_unions));
-  std::vector<std::uint64_t> forced(static_cast<std::size_t>(pool.num_threads()) * words_per_row);  // [threads, words]
-  const bool packed = mask.mask_heads != input.num_q_heads;
-  const auto unite = [&](std::int64_t u, std::int32_t thread) {
-    const ChunkPlan& plan = result.plans[static_cast<std::size_t>(result.plan_of[static_cast<std::size_t>(u)])];
-    const std::int64_t local = u - plan.first_union;
-    const auto num_spans = static_cast<std::int64_t>(plan.spans.size());
-    const QuerySpan& span = plan.spans[static_cast<std::size_t>(local % num_spans)];
-    const auto q_head = static_cast<std::int32_t>(local / num_spans) * shape.heads_per_unit;
-    // A packed row is inherited by every sub-group of its KV head and stands for all heads of this unit.
-    const std::int32_t first_row = packed ? q_head / shape.group : q_head;
-    const std::int32_t num_rows = packed ? 1 : shape.heads_per_unit;
-    const std::int32_t heads_per_row = packed ? shape.heads_per_unit : 1;
-    const std::int32_t span_position = input.chunks[static_cast<std::size_t>(plan.chunk)].chunk_start + span.offset;
-    std::uint64_t* united = result.words.data() + static_cast<std::size_t>(u) * words_per_row;
-    std::uint64_t* block_forced = forced.data() + static_cast<std::size_t>(thread) * words_per_row;
-    for (std::int32_t i = span.first_block; i < span.end_block; ++i) {
-      const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
-      const std::int32_t tokens = std::min(block.first_position + block.tokens, span_position + span.tokens) -
-                                  std::max(block.first_position, span_position);
-      std::fill_n(block_forced, words_per_row, 0);
-      add_forced_pages(input, block, plan.past_pages, block_forced);
-      std::int64_t pages = 0;
-      for (std::int32_t h = 0; h < num_rows; ++h) {
-        const std::uint64_t* row = mask.row(first_row + h, i);
-        for (std::size_t w = 0; w < words_per_row; ++w) {
-          const std::uint64_t word = row[w] | block_forced[w];
-          united[w] |= word;
-          pages += std::popcount(word);
-        }
+  // The union of a unit takes the place of its first span's.
+  void unite(ThreadPool& pool) {
+    for_units(pool, [this](std::size_t u, std::int32_t) {
+      std::uint64_t* united = union_of(u);
+      for (std::int64_t i = plan_.units[u].first_union + 1; i < plan_.units[u].end_union; ++i) {
+        const std::uint64_t* other = plan_.unions.words.data() + static_cast<std::size_t>(i) * words_;
+        for (std::size_t w = 0; w < words_; ++w) united[w] |= other[w];
       }
-      result.wanted[static_cast<std::size_t>(u)] += pages * tokens * heads_per_row;
-    }
-  };
-  pool.parallel_for(num_unions, unite);
-  return result;
-}
-
-std::vector<PlannedUnit> every_span_alone(const SpanUnions& unions) {
-  std::vector<PlannedUnit> units;
-  units.reserve(unions.wanted.size());
-  for (std::int64_t u = 0; u < static_cast<std::int64_t>(unions.wanted.size()); ++u) units.push_back({u, u + 1});
-  return units;
-}
-
-// Mode adaptive; cost: of the whole step.
-std::vector<PlannedUnit> merge_neighbours(const UnionInput& input, const SpanUnions& unions, std::int32_t words_per_row,
-                                          ThreadPool& pool, std::int64_t& cost) {
-  const std::int64_t sub_groups = unions.sub_groups;
-  std::vector<SpanTreeResult> trees(unions.plans.size() * static_cast<std::size_t>(sub_groups));
-  const auto first_leaf = [&](std::int64_t tree) {
-    const ChunkPlan& plan = unions.plans[static_cast<std::size_t>(tree / sub_groups)];
-    return plan.first_union + tree % sub_groups * static_cast<std::int64_t>(plan.spans.size());
-  };
-  pool.parallel_for(static_cast<std::int64_t>(trees.size()), [&](std::int64_t tree, std::int32_t) {
-    const ChunkPlan& plan = unions.plans[static_cast<std::size_t>(tree / sub_groups)];
-    const auto first = static_cast<std::size_t>(first_leaf(tree));
-    SpanTreeInput leaves{.leaves = plan.spans};
-    leaves.words = unions.words.data() + first * static_cast<std::size_t>(words_per_row);
-    leaves.wanted = unions.wanted.data() + first;
-    leaves.words_per_row = words_per_row;
-    leaves.heads_per_unit = unions.heads_per_unit;
-    leaves.chunk_pages = plan.chunk_pages;
-    leaves.page_tokens = input.page_tokens;
-    leaves.max_inflation_1024ths = input.options.max_inflation_1024ths;
-    leaves.cost = input.options.cost;
-    trees[static_cast<std::size_t>(tree)] = merge_spans(leaves);
-  });
-  std::vector<PlannedUnit> units;
-  cost = 0;
-  for (std::size_t tree = 0; tree < trees.size(); ++tree) {
-    const std::int64_t first = first_leaf(static_cast<std::int64_t>(tree));
-    std::int32_t begin = 0;
-    for (const std::int32_t end : trees[tree].unit_ends) {
-      units.push_back({first + begin, first + end});
-      begin = end;
-    }
-    cost += trees[tree].cost;
+      for (std::size_t w = 0; w < words_; ++w) listed_[u] += std::popcount(united[w]);
+    });
   }
-  return units;
-}
+
+  // Records, places of the lists, statistics.
+  Status place() {
+    lists_.heads_per_unit = plan_.unions.heads_per_unit;
+    lists_.units.clear();
+    lists_.dropped.clear();
+    lists_.chunk_stats.assign(input_.chunks.size(), {});
+    std::int64_t entries = 0;
+    std::int64_t dropped = 0;
+    for (std::size_t u = 0; u < plan_.units.size(); ++u) {
+      const ChunkPlan& chunk_plan = chunk_plan_of(u);
+      AttentionUnit unit = record_of(u);
+      unit.list_begin = static_cast<std::int32_t>(entries);
+      lists_.units.push_back(unit);
+      entries += listed_[u] + chunk_plan.chunk_pages;
+      if (input_.options.list_dropped) {
+        lists_.dropped.push_back({static_cast<std::int32_t>(dropped), chunk_plan.past_pages - listed_[u]});
+        dropped += lists_.dropped.back().count;
+      }
+      if (std::max(entries, dropped) > std::numeric_limits<std::int32_t>::max()) return too_many_entries();
+      const std::int64_t rows = std::int64_t{unit.q_len} * lists_.heads_per_unit;
+      std::int64_t wanted = 0;
+      for (std::int64_t i = plan_.units[u].first_union; i < plan_.units[u].end_union; ++i) {
+        wanted += plan_.unions.wanted[static_cast<std::size_t>(i)];
+      }
+      lists_.chunk_stats[static_cast<std::size_t>(chunk_plan.chunk)].add(
+          {rows * listed_[u], wanted, rows * chunk_plan.past_pages});
+    }
+    lists_.page_ids.resize(static_cast<std::size_t>(entries));
+    lists_.logical_pages.resize(static_cast<std::size_t>(entries));
+    lists_.dropped_ids.resize(static_cast<std::size_t>(dropped));
+    return {};
+  }
+
+  void emit(ThreadPool& pool) {
+    const bool ordered = !input_.page_priority.empty();
+    const std::size_t most_pages = words_ * 64;
+    std::vector<std::uint8_t> priority(ordered ? static_cast<std::size_t>(pool.num_threads()) * most_pages : 0);
+    for_units(pool, [&](std::size_t u, std::int32_t thread) {
+      const ChunkPlan& chunk_plan = chunk_plan_of(u);
+      const std::int32_t* page_table = input_.chunks[static_cast<std::size_t>(chunk_plan.chunk)].page_table;
+      const auto begin = static_cast<std::size_t>(lists_.units[u].list_begin);
+      std::size_t at = begin;
+      for_each_bit(union_of(u), mask_.words_per_row, [&](std::int32_t j) { lists_.logical_pages[at++] = j; });
+      if (ordered) {
+        std::uint8_t* of_page = priority.data() + static_cast<std::size_t>(thread) * most_pages;
+        find_priorities(u, of_page);
+        const auto first = lists_.logical_pages.begin();
+        std::stable_sort(first + static_cast<std::ptrdiff_t>(begin), first + static_cast<std::ptrdiff_t>(at),
+                         [&](std::int32_t a, std::int32_t b) { return of_page[a] > of_page[b]; });
+      }
+      for (std::int32_t j = chunk_plan.past_pages; j < chunk_plan.past_pages + chunk_plan.chunk_pages; ++j) {
+        lists_.logical_pages[at++] = j;
+      }
+      for (std::size_t i = begin; i < at; ++i) lists_.page_ids[i] = page_table[lists_.logical_pages[i]];
+      if (!input_.options.list_dropped) return;
+      auto to = static_cast<std::size_t>(lists_.dropped[u].begin);
+      for (std::int32_t j = 0; j < chunk_plan.past_pages; ++j) {
+        if (!test_bit(union_of(u), j)) lists_.dropped_ids[to++] = page_table[j];
+      }
+    });
+  }
+
+ private:
+  static std::size_t words_of(const BlockMask& mask) { return static_cast<std::size_t>(mask.words_per_row); }
+
+  template <class Body>
+  void for_units(ThreadPool& pool, Body body) {
+    pool.parallel_for(static_cast<std::int64_t>(plan_.units.size()),
+                      [&](std::int64_t u, std::int32_t thread) { body(static_cast<std::size_t>(u), thread); });
+  }
+
+  std::uint64_t* union_of(std::size_t u) {
+    return plan_.unions.words.data() + static_cast<std::size_t>(plan_.units[u].first_union) * words_;
+  }
+  [[nodiscard]] const ChunkPlan& chunk_plan_of(std::size_t u) const {
+    const auto first = static_cast<std::size_t>(plan_.units[u].first_union);
+    return plan_.unions.plans[static_cast<std::size_t>(plan_.unions.plan_of[first])];
+  }
+  // First span of the unit in its chunk's plan, and its sub-group.
+  [[nodiscard]] std::pair<std::size_t, std::int32_t> first_span_of(std::size_t u) const {
+    const ChunkPlan& chunk_plan = chunk_plan_of(u);
+    const auto local = static_cast<std::size_t>(plan_.units[u].first_union - chunk_plan.first_union);
+    return {local % chunk_plan.spans.size(), static_cast<std::int32_t>(local / chunk_plan.spans.size())};
+  }
+  [[nodiscard]] std::span<const QuerySpan> spans_of(std::size_t u) const {
+    const auto count = static_cast<std::size_t>(plan_.units[u].end_union - plan_.units[u].first_union);
+    return std::span(chunk_plan_of(u).spans).subspan(first_span_of(u).first, count);
+  }
+
+  [[nodiscard]] AttentionUnit record_of(std::size_t u) const {
+    const ChunkPlan& chunk_plan = chunk_plan_of(u);
+    const ChunkView& chunk = input_.chunks[static_cast<std::size_t>(chunk_plan.chunk)];
+    const std::span<const QuerySpan> spans = spans_of(u);
+    const std::int32_t heads = plan_.unions.heads_per_unit;
+    AttentionUnit unit =
+        whole_chunk_unit(chunk, first_span_of(u).second * heads, input_.num_q_heads / input_.num_kv_heads);
+    unit.q_begin += spans.front().offset;
+    unit.q_len = spans.back().offset + spans.back().tokens - spans.front().offset;
+    unit.causal_shift = spans.front().offset;
+    unit.past_tokens -= (chunk_plan.past_pages - listed_[u]) * input_.page_tokens;
+    unit.list_tokens = unit.past_tokens + chunk.chunk_tokens;
+    return unit;
+  }
+
+  // The largest priority that a row of the unit gives each page that it wants; 255 for forced pages.
+  void find_priorities(std::size_t u, std::uint8_t* of_page) {
+    const std::span<const QuerySpan> spans = spans_of(u);
+    const MaskRows rows = mask_rows_of(input_, mask_, lists_.units[u].q_head, lists_.heads_per_unit);
+    const std::size_t most_pages = words_ * 64;
+    std::fill_n(of_page, most_pages, std::uint8_t{0});
+    std::vector<std::uint64_t> forced(words_);
+    for (std::int32_t i = spans.front().first_block; i < spans.back().end_block; ++i) {
+      add_forced_pages(input_, mask_.blocks[static_cast<std::size_t>(i)], chunk_plan_of(u).past_pages, forced.data());
+      for (std::int32_t h = rows.first; h < rows.first + rows.count; ++h) {
+        const auto row = static_cast<std::size_t>(mask_.row(h, i) - mask_.words.data()) / words_;
+        const std::uint8_t* given = input_.page_priority.data() + row * most_pages;
+        for_each_bit(mask_.row(h, i), mask_.words_per_row,
+                     [&](std::int32_t j) { of_page[j] = std::max(of_page[j], given[j]); });
+      }
+    }
+    for_each_bit(forced.data(), mask_.words_per_row, [&](std::int32_t j) { of_page[j] = 255; });
+  }
+
+  const UnionInput& input_;
+  const BlockMask& mask_;
+  UnitPlan plan_;
+  PageLists& lists_;
+  std::size_t words_;
+  std::vector<std::int32_t> listed_;  // [U]  past pages
+};
 
 }  // namespace
 
@@ -212,93 +209,12 @@ std::int32_t default_heads_per_unit(std::int32_t group) noexcept {
 }
 
 Status build_page_lists(const UnionInput& input, const BlockMask& mask, PageLists& lists, ThreadPool& pool) {
-  CA_ASSIGN_OR_RETURN(UnionShape shape, check_union_input(input));
+  CA_ASSIGN_OR_RETURN(const UnionShape shape, check_union_input(input));
   CA_RETURN_IF_ERROR(check_mask(input, mask));
-
-  SpanUnions unions = unite_spans(input, mask, shape, pool);
-  std::vector<PlannedUnit> planned;
-  if (input.options.mode == UnionMode::kAdaptive) {
-    std::int64_t cost = 0;
-    planned = merge_neighbours(input, unions, mask.words_per_row, pool, cost);
-    // A packed mask gives every sub-group the same rows: splitting the heads could only cost more.
-    const bool packed = mask.mask_heads != input.num_q_heads;
-    while (shape.cheapest_heads && !packed && shape.heads_per_unit > 1) {
-      do --shape.heads_per_unit;
-      while (shape.group % shape.heads_per_unit != 0);
-      SpanUnions finer = unite_spans(input, mask, shape, pool);
-      std::int64_t finer_cost = 0;
-      std::vector<PlannedUnit> finer_planned = merge_neighbours(input, finer, mask.words_per_row, pool, finer_cost);
-      if (finer_cost >= cost) continue;  // ties: more heads to a list
-      cost = finer_cost;
-      unions = std::move(finer);
-      planned = std::move(finer_planned);
-    }
-  } else {
-    planned = every_span_alone(unions);
-  }
-
-  // The union of a unit takes the place of its first span's.
-  const auto words_per_row = static_cast<std::size_t>(mask.words_per_row);
-  const auto union_of = [&](const PlannedUnit& unit) {
-    return unions.words.data() + static_cast<std::size_t>(unit.first_union) * words_per_row;
-  };
-  std::vector<std::int32_t> listed(planned.size());  // [U] past pages
-  pool.parallel_for(static_cast<std::int64_t>(planned.size()), [&](std::int64_t u, std::int32_t) {
-    const PlannedUnit& unit = planned[static_cast<std::size_t>(u)];
-    std::uint64_t* united = union_of(unit);
-    for (std::int64_t i = unit.first_union + 1; i < unit.end_union; ++i) {
-      const std::uint64_t* other = unions.words.data() + static_cast<std::size_t>(i) * words_per_row;
-      for (std::size_t w = 0; w < words_per_row; ++w) united[w] |= other[w];
-    }
-    for (std::size_t w = 0; w < words_per_row; ++w) listed[static_cast<std::size_t>(u)] += std::popcount(united[w]);
-  });
-
-  lists.heads_per_unit = unions.heads_per_unit;
-  lists.units.clear();
-  lists.chunk_stats.assign(input.chunks.size(), {});
-  std::int64_t entries = 0;
-  for (std::size_t u = 0; u < planned.size(); ++u) {
-    const auto first = static_cast<std::size_t>(planned[u].first_union);
-    const auto end = static_cast<std::size_t>(planned[u].end_union);
-    const ChunkPlan& plan = unions.plans[static_cast<std::size_t>(unions.plan_of[first])];
-    const ChunkView& chunk = input.chunks[static_cast<std::size_t>(plan.chunk)];
-    const std::size_t local = first - static_cast<std::size_t>(plan.first_union);
-    const std::size_t first_span = local % plan.spans.size();
-    const auto sub_group = static_cast<std::int32_t>(local / plan.spans.size());
-    const QuerySpan& last = plan.spans[first_span + (end - first) - 1];
-    const std::int32_t offset = plan.spans[first_span].offset;
-
-    AttentionUnit unit = whole_chunk_unit(chunk, sub_group * unions.heads_per_unit, shape.group);
-    unit.q_begin += offset;
-    unit.q_len = last.offset + last.tokens - offset;
-    unit.causal_shift = offset;
-    unit.past_tokens -= (plan.past_pages - listed[u]) * input.page_tokens;
-    unit.list_tokens = unit.past_tokens + chunk.chunk_tokens;
-    unit.list_begin = static_cast<std::int32_t>(entries);
-    entries += listed[u] + plan.chunk_pages;
-    if (entries > std::numeric_limits<std::int32_t>::max()) return too_many_entries();
-    const std::int64_t rows = std::int64_t{unit.q_len} * unions.heads_per_unit;
-    std::int64_t wanted = 0;
-    for (std::size_t i = first; i < end; ++i) wanted += unions.wanted[i];
-    lists.chunk_stats[static_cast<std::size_t>(plan.chunk)].add({rows * listed[u], wanted, rows * plan.past_pages});
-    lists.units.push_back(unit);
-  }
-
-  lists.page_ids.resize(static_cast<std::size_t>(entries));
-  lists.logical_pages.resize(static_cast<std::size_t>(entries));
-  pool.parallel_for(static_cast<std::int64_t>(planned.size()), [&](std::int64_t u, std::int32_t) {
-    const PlannedUnit& unit = planned[static_cast<std::size_t>(u)];
-    const ChunkPlan& plan =
-        unions.plans[static_cast<std::size_t>(unions.plan_of[static_cast<std::size_t>(unit.first_union)])];
-    const std::int32_t* page_table = input.chunks[static_cast<std::size_t>(plan.chunk)].page_table;
-    auto at = static_cast<std::size_t>(lists.units[static_cast<std::size_t>(u)].list_begin);
-    const auto put = [&](std::int32_t j) {
-      lists.logical_pages[at] = j;
-      lists.page_ids[at++] = page_table[j];
-    };
-    for_each_bit(union_of(unit), mask.words_per_row, put);
-    for (std::int32_t j = plan.past_pages; j < plan.past_pages + plan.chunk_pages; ++j) put(j);
-  });
+  ListBuilder builder(input, mask, plan_units(input, mask, shape, pool), lists);
+  builder.unite(pool);
+  CA_RETURN_IF_ERROR(builder.place());
+  builder.emit(pool);
   return {};
 }
 
@@ -308,6 +224,8 @@ Status build_dense_lists(const UnionInput& input, PageLists& lists) {
   lists.units.clear();
   lists.page_ids.clear();
   lists.logical_pages.clear();
+  lists.dropped.clear();
+  lists.dropped_ids.clear();
   lists.chunk_stats.assign(input.chunks.size(), {});
   for (std::size_t b = 0; b < input.chunks.size(); ++b) {
     const ChunkView& chunk = input.chunks[b];
@@ -325,6 +243,7 @@ Status build_dense_lists(const UnionInput& input, PageLists& lists) {
     for (std::int32_t q_head = 0; q_head < input.num_q_heads; q_head += shape.heads_per_unit) {
       lists.units.push_back(whole_chunk_unit(chunk, q_head, shape.group));
       lists.units.back().list_begin = list_begin;
+      if (input.options.list_dropped) lists.dropped.push_back({});
     }
     const std::int64_t row_pages =
         std::int64_t{chunk.chunk_tokens} * input.num_q_heads * chunk.num_past_pages(input.page_tokens);

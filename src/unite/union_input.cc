@@ -93,6 +93,10 @@ Status check_mask(const UnionInput& input, const BlockMask& mask) {
     return invalid_argument(fmt::format("unite: the mask has {} words; expected {} heads x {} blocks x {} words",
                                         mask.words.size(), mask.mask_heads, num_blocks, mask.words_per_row));
   }
+  if (!input.page_priority.empty() && input.page_priority.size() != mask.words.size() * 64) {
+    return invalid_argument(fmt::format("unite: {} page priorities; allowed: none, or {} as the mask has bits",
+                                        input.page_priority.size(), mask.words.size() * 64));
+  }
   std::int32_t i = 0;
   for (std::size_t b = 0; b < input.chunks.size(); ++b) {
     const ChunkView& chunk = input.chunks[b];

@@ -87,6 +87,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     mask.blocks[static_cast<std::size_t>(bytes.next()) % mask.blocks.size()].tokens += bytes.next() - 128;
   }
 
+  options.list_dropped = bytes.below(2) == 0;
+  std::vector<std::uint8_t> priority(bytes.below(3) == 0 ? mask.words.size() * 64 : 0);
+  for (std::uint8_t& one : priority) one = static_cast<std::uint8_t>(bytes.next());
+  if (damage == 239) priority.push_back(0);
+  input.page_priority = priority;
+
   static ThreadPool pool(1);
   PageLists lists;
   const Status status = build_page_lists(input, mask, lists, pool);

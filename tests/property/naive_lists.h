@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <set>
 #include <sstream>
 #include <string>
@@ -33,8 +34,9 @@ struct NaiveUnit {
   std::int32_t q_head = 0;
   std::int32_t offset = 0;  // in the chunk
   std::int32_t tokens = 0;
-  std::set<std::int32_t> past;  // pages
-  std::int64_t wanted = 0;      // sum over tokens and heads of the pages that the row wants
+  std::set<std::int32_t> past;                    // pages
+  std::map<std::int32_t, std::int32_t> priority;  // of past pages, if any are given
+  std::int64_t wanted = 0;                        // sum over tokens and heads of the pages that the row wants
 };
 
 class NaiveUnion {
@@ -48,11 +50,20 @@ class NaiveUnion {
       const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
       const auto i = static_cast<std::int32_t>(&block - mask.blocks.data());
       rows_.emplace_back();
+      priority_.emplace_back();
       for (std::int32_t h = 0; h < input.num_q_heads; ++h) {
         rows_.back().push_back(naive_forced(input, chunk, block));
         const std::uint64_t* row = mask.row(mask.mask_heads == input.num_q_heads ? h : h / group, i);
         for (std::int32_t j = 0; j < chunk.num_past_pages(input.page_tokens); ++j) {
           if ((row[j / 64] >> (j % 64)) & 1U) rows_.back().back().insert(j);
+        }
+        priority_.back().emplace_back();
+        if (input.page_priority.empty()) continue;
+        const auto first_bit = static_cast<std::size_t>(row - mask.words.data()) * 64;
+        const std::set<std::int32_t> forced = naive_forced(input, chunk, block);
+        for (const std::int32_t j : rows_.back().back()) {
+          priority_.back().back()[j] =
+              forced.contains(j) ? 255 : input.page_priority[first_bit + static_cast<std::size_t>(j)];
         }
       }
     }
@@ -99,7 +110,7 @@ class NaiveUnion {
  private:
   [[nodiscard]] NaiveUnit make_unit(std::int32_t b, std::int32_t q_head, std::int32_t heads, std::int32_t offset,
                                     std::int32_t tokens) const {
-    NaiveUnit unit{b, q_head, offset, tokens, {}, 0};
+    NaiveUnit unit{b, q_head, offset, tokens, {}, {}, 0};
     std::size_t last_block = mask_.blocks.size();
     std::int64_t row_pages = 0;  // over the heads, of one token
     for (std::int32_t t = offset; t < offset + tokens; ++t) {
@@ -109,6 +120,9 @@ class NaiveUnion {
         if (h == q_head) row_pages = 0;
         row_pages += static_cast<std::int64_t>(row.size());
         unit.past.insert(row.begin(), row.end());
+        for (const auto& [page, priority] : priority_[i][static_cast<std::size_t>(h)]) {
+          unit.priority[page] = std::max(unit.priority[page], priority);
+        }
       }
       last_block = i;
       unit.wanted += row_pages;
@@ -172,7 +186,8 @@ class NaiveUnion {
   const UnionInput& input_;
   const BlockMask& mask_;
   std::vector<std::vector<std::set<std::int32_t>>> rows_;  // [block][query head]  pages wanted, forced included
-  std::vector<std::vector<std::size_t>> block_of_;         // [chunk][token]
+  std::vector<std::vector<std::map<std::int32_t, std::int32_t>>> priority_;  // [block][query head]  of those pages
+  std::vector<std::vector<std::size_t>> block_of_;                           // [chunk][token]
 };
 
 /// First difference between `lists` and the plain form, in words; empty if there is none.
@@ -191,6 +206,7 @@ class NaiveUnion {
   }
   std::vector<UnionStats> stats(input.chunks.size());
   std::int64_t entries = 0;
+  std::int64_t dropped_entries = 0;
   for (std::size_t u = 0; u < lists.units.size(); ++u) {
     const NaiveUnit& expected = naive.units[u];
     const AttentionUnit& unit = lists.units[u];
@@ -206,8 +222,11 @@ class NaiveUnion {
           << expected.offset << " + " << expected.tokens << ")";
       return out.str();
     }
-    std::set<std::int32_t> pages = expected.past;
-    for (std::int32_t j = past_pages; j < chunk.num_pages(input.page_tokens); ++j) pages.insert(j);
+    std::vector<std::int32_t> pages(expected.past.begin(), expected.past.end());
+    std::stable_sort(pages.begin(), pages.end(), [&](std::int32_t a, std::int32_t b) {
+      return !expected.priority.empty() && expected.priority.at(a) > expected.priority.at(b);
+    });
+    for (std::int32_t j = past_pages; j < chunk.num_pages(input.page_tokens); ++j) pages.push_back(j);
     if (entries + static_cast<std::int64_t>(pages.size()) > static_cast<std::int64_t>(lists.page_ids.size())) {
       return "too few list entries";
     }
@@ -219,12 +238,31 @@ class NaiveUnion {
         return out.str();
       }
     }
+    if (input.options.list_dropped) {
+      std::vector<std::int32_t> dropped;
+      for (std::int32_t j = 0; j < past_pages; ++j) {
+        if (!expected.past.contains(j)) dropped.push_back(chunk.page_table[j]);
+      }
+      const std::int64_t end = dropped_entries + static_cast<std::int64_t>(dropped.size());
+      if (lists.dropped.size() != lists.units.size() || lists.dropped[u].begin != dropped_entries ||
+          lists.dropped[u].count != static_cast<std::int32_t>(dropped.size()) ||
+          end > static_cast<std::int64_t>(lists.dropped_ids.size()) ||
+          !std::equal(dropped.begin(), dropped.end(), lists.dropped_ids.begin() + dropped_entries)) {
+        out << "dropped pages of unit " << u;
+        return out.str();
+      }
+      dropped_entries = end;
+    }
     const std::int64_t rows = std::int64_t{expected.tokens} * lists.heads_per_unit;
     stats[static_cast<std::size_t>(expected.chunk)].add({rows * past, expected.wanted, rows * past_pages});
   }
   if (entries != static_cast<std::int64_t>(lists.page_ids.size()) ||
       lists.page_ids.size() != lists.logical_pages.size()) {
     return "too many list entries";
+  }
+  if (dropped_entries != static_cast<std::int64_t>(lists.dropped_ids.size()) ||
+      lists.dropped.empty() != (lists.units.empty() || !input.options.list_dropped)) {
+    return "too many dropped pages";
   }
   for (std::size_t b = 0; b < input.chunks.size(); ++b) {
     const UnionStats& seen = lists.chunk_stats[b];

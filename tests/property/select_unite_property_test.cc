@@ -43,6 +43,7 @@ struct UnionCase {
   std::vector<ChunkView> chunks;
   UnionInput input;
   BlockMask mask;
+  std::vector<std::uint8_t> priority;
 };
 
 UnionCase random_union_case(Random& random) {
@@ -67,7 +68,8 @@ UnionCase random_union_case(Random& random) {
   for (std::int32_t b = 0; b < num_chunks; ++b) {
     const std::int32_t pages = random.pick({0, 1, 3, 63, 64, 65, 130});
     const std::int32_t past = pages * c.input.page_tokens + random.pick({0, 1, c.input.page_tokens - 1});
-    const std::int32_t tokens = random.pick({0, 1, 7, c.input.page_tokens, 2 * c.input.page_tokens + 3, 60, random.below(4) == 0 ? 500 : 60});
+    const std::int32_t tokens =
+        random.pick({0, 1, 7, c.input.page_tokens, 2 * c.input.page_tokens + 3, 60, random.below(4) == 0 ? 500 : 60});
     c.tables.emplace_back();
     for (std::int32_t j = 0; j < (past + tokens + c.input.page_tokens - 1) / c.input.page_tokens; ++j) {
       c.tables.back().push_back(random.below(300));
@@ -95,6 +97,12 @@ UnionCase random_union_case(Random& random) {
       }
     }
   }
+  options.list_dropped = random.below(3) == 0;
+  if (random.below(3) == 0) {
+    c.priority.resize(c.mask.words.size() * 64);
+    for (std::uint8_t& priority : c.priority) priority = static_cast<std::uint8_t>(random.below(5) * 63);
+  }
+  c.input.page_priority = c.priority;
   return c;
 }
 
@@ -118,7 +126,8 @@ TEST(UnionProperty, TenThousandStepsEqualTheNaiveForm) {
         << "seed " << seed << ", mode " << union_mode_name(c.input.options.mode);
     for (std::size_t u = 0; u < lists.units.size(); ++u) {
       const std::vector<std::int32_t> list = list_of(lists, u, c.input.page_tokens);
-      ASSERT_TRUE(std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end())
+      ASSERT_TRUE(!c.priority.empty() ||
+                  std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end())
           << "seed " << seed;
       if (c.input.options.mode != UnionMode::kAdaptive) continue;
       const std::int32_t leaf = 128 / (lists.heads_per_unit & -lists.heads_per_unit);
@@ -220,6 +229,7 @@ TEST(UnionProperty, ModesMeetWhereTheyMust) {
   for (std::uint64_t seed = 0; seed < 500; ++seed) {
     Random random(seed);
     UnionCase c = random_union_case(random);
+    c.input.page_priority = {};
     UnionOptions options = c.input.options;
     options.heads_per_unit = c.input.num_q_heads / c.input.num_kv_heads;
     options.mode = UnionMode::kPaper;
@@ -273,10 +283,11 @@ TEST(UnionProperty, ShardsAreSlices) {
     Random random(seed);
     UnionCase c = random_union_case(random);
     if (c.input.options.heads_per_unit == kCheapestHeads) c.input.options.heads_per_unit = 0;
+    c.input.page_priority = {};
     const PageLists whole = lists_of(c, c.input.options, pool);
     const std::int32_t group = c.input.num_q_heads / c.input.num_kv_heads;
     for (std::int32_t g = 0; g < c.input.num_kv_heads; ++g) {
-      UnionCase shard{.tables = {}, .chunks = {}, .input = c.input, .mask = {}};
+      UnionCase shard{.tables = {}, .chunks = {}, .input = c.input, .mask = {}, .priority = {}};
       shard.input.num_kv_heads = 1;
       shard.input.num_q_heads = group;
       const std::int32_t rows = c.mask.mask_heads / c.input.num_kv_heads;
@@ -321,6 +332,7 @@ TEST(UnionProperty, AllQueryBlocksVote) {
     Random random(seed);
     UnionCase c = random_union_case(random);
     c.input.options = {};
+    c.input.page_priority = {};
     c.input.forced = {0, 0};
     std::fill(c.mask.words.begin(), c.mask.words.end(), 0);
     for (std::int32_t i = 0; i < static_cast<std::int32_t>(c.mask.blocks.size()); ++i) {
@@ -349,6 +361,7 @@ TEST(UnionProperty, DenseMaskGivesTheDenseLists) {
     Random random(seed);
     UnionCase c = random_union_case(random);
     c.input.options = {};
+    c.input.page_priority = {};
     for (std::int32_t h = 0; h < c.mask.mask_heads; ++h) {
       for (std::int32_t i = 0; i < static_cast<std::int32_t>(c.mask.blocks.size()); ++i) {
         const ChunkView& chunk = c.chunks[static_cast<std::size_t>(c.mask.blocks[static_cast<std::size_t>(i)].chunk)];

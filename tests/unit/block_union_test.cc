@@ -308,6 +308,36 @@ TEST_F(Union, CheapestHeadsSplitsAGroupThatDisagrees) {
   EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 1.0);
 }
 
+TEST_F(Union, PrioritiesOrderThePastPagesAndDroppedPagesAreTheRest) {
+  chunk(112, 32);  // seven past pages; two query blocks
+  input_.num_q_heads = 2;
+  input_.num_kv_heads = 1;
+  input_.forced = {16, 0};
+  input_.options.list_dropped = true;
+  mask(2);
+  std::vector<std::uint8_t> priority(mask_.words.size() * 64,
+                                     200);  // a page that a row does not want counts for nothing
+  const auto want_at = [&](std::int32_t head, std::int32_t block, std::int32_t page, std::uint8_t value) {
+    want(head, block, page);
+    priority[static_cast<std::size_t>((head * 2 + block) * 64 + page)] = value;
+  };
+  want_at(0, 0, 2, 10);
+  want_at(1, 1, 2, 90);  // the larger counts
+  want_at(0, 0, 1, 50);
+  want_at(1, 0, 5, 50);
+  want_at(0, 1, 6, 91);
+  want_at(0, 1, 0, 1);  // forced: first
+  input_.page_priority = priority;
+  unite();
+  EXPECT_THAT(pages(0), ElementsAre(0, 6, 2, 1, 5, 7, 8));
+  EXPECT_THAT(lists_.page_ids, ElementsAre(100, 94, 98, 99, 95, 93, 92));
+  ASSERT_EQ(lists_.dropped.size(), 1U);
+  EXPECT_THAT(lists_.dropped_ids, ElementsAre(97, 96));
+  priority.pop_back();
+  input_.page_priority = priority;
+  EXPECT_THAT(error(), HasSubstr("255 page priorities; allowed: none, or 256 as the mask has bits"));
+}
+
 TEST(UnionMode, HasNames) {
   for (const UnionMode mode : {UnionMode::kPaper, UnionMode::kSpan, UnionMode::kTile, UnionMode::kAdaptive}) {
     EXPECT_EQ(union_mode_from_name(union_mode_name(mode)).value(), mode);

@@ -119,6 +119,25 @@ TEST_F(CrossoverAfter, RewritesOnlyTheChunksThatDoNotPay) {
   EXPECT_DOUBLE_EQ(lists_.chunk_stats[1].union_inflation(), 100.0 / 95.0);
 }
 
+TEST_F(CrossoverAfter, KeepsTheDroppedPagesOfTheOthers) {
+  input_.options.list_dropped = true;
+  build({10, 95, 20});
+  const PageLists before = lists_;
+  std::vector<DenseReason> reasons(3, DenseReason::kNone);
+  ASSERT_TRUE(crossover_after_union({}, input_, lists_, reasons).ok());
+  ASSERT_EQ(lists_.dropped.size(), 6U);
+  for (std::size_t u = 0; u < 6; ++u) {
+    const std::int32_t kept = u / 2 == 0 ? 10 : (u / 2 == 1 ? 100 : 20);  // the second chunk runs dense
+    ASSERT_EQ(lists_.dropped[u].count, 100 - kept);
+    for (std::int32_t k = 0; k < 100 - kept; ++k) {
+      EXPECT_EQ(lists_.dropped_ids[static_cast<std::size_t>(lists_.dropped[u].begin + k)], kept + k + 7);
+    }
+  }
+  lists_.dropped.pop_back();
+  EXPECT_THAT(crossover_after_union({}, input_, lists_, reasons).message(),
+              HasSubstr("dropped pages of 5 units for 6"));
+}
+
 TEST_F(CrossoverAfter, ComesAtDensity87AtTheDefaultMargin) {
   for (const std::int32_t keep : {84, 85, 86, 87, 88, 89}) {
     build({keep});
