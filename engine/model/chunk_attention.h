@@ -20,8 +20,8 @@ struct SparsityOptions {
   SelectorOptions selector;
   ForcedPages forced;
   CrossoverPolicy crossover;
-  std::int32_t heads_per_unit = 0;  // 0: the library's default for the model's G
-  bool trace_pages = false;         // keep which pages every KV head read, for pictures
+  UnionOptions unite;
+  bool trace_pages = false;  // keep which pages every KV head read, for pictures
 };
 
 /// What a layer did over the chunks of a prefill.
@@ -42,7 +42,7 @@ struct LayerReport {
 
 class ChunkAttention {
  public:
-  /// Errors: those of make_selector; kInvalidArgument if heads_per_unit does not divide G.
+  /// Errors: those of make_selector; kInvalidArgument if unite.heads_per_unit does not divide G.
   [[nodiscard]] static Result<ChunkAttention> create(const SparsityOptions& options, std::int32_t num_layers,
                                                      std::int32_t num_q_heads, std::int32_t num_kv_heads,
                                                      float softmax_scale);
