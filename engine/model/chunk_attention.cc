@@ -53,6 +53,7 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
     const StageTimer timer(report.append_seconds);
     CA_RETURN_IF_ERROR(cache.write(request, layer, chunk.chunk_start, k, v, pool));
   }
+  if (observer_) CA_RETURN_IF_ERROR(observer_({layer, chunk, q, cache, softmax_scale_, pool}));
 
   const std::span<const ChunkView> chunks(&chunk, 1);
   const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_, kv.page_tokens,

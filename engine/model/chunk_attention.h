@@ -3,8 +3,10 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "compact/attention.h"
@@ -40,6 +42,17 @@ struct LayerReport {
   [[nodiscard]] double attention_seconds() const noexcept { return select_seconds + unite_seconds + attend_seconds; }
 };
 
+/// What a layer's attention is about to work on: its keys are appended, nothing is selected yet.
+struct AttentionStep {
+  std::int32_t layer = 0;
+  const ChunkView& chunk;
+  ConstRows q;  // [C, Hq, D]  rotated
+  const PagedKvCache& cache;
+  float softmax_scale = 0;
+  ThreadPool& pool;
+};
+using AttentionObserver = std::function<Status(const AttentionStep& step)>;
+
 class ChunkAttention {
  public:
   /// Errors: those of make_selector; kInvalidArgument if unite.heads_per_unit does not divide G.
@@ -56,6 +69,9 @@ class ChunkAttention {
   [[nodiscard]] Status run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
                            ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool);
 
+  /// Called by every run from now on, for measurements. Its errors end the run.
+  void observe(AttentionObserver observer) { observer_ = std::move(observer); }
+
   [[nodiscard]] const std::vector<LayerReport>& reports() const noexcept { return reports_; }
   /// Forgets what was counted, e.g. when prefill ends and decode begins.
   [[nodiscard]] std::vector<LayerReport> take_reports();
@@ -66,6 +82,7 @@ class ChunkAttention {
 
   SparsityOptions options_;
   std::unique_ptr<Selector> selector_;
+  AttentionObserver observer_;
   std::int32_t num_q_heads_ = 0;
   std::int32_t num_kv_heads_ = 0;
   float softmax_scale_ = 0;

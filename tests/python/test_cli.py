@@ -82,7 +82,7 @@ def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):
 
 
 BAD_FLAGS = {
-    "unknown selector": (["--selector", "magic"], "dense, static, mean-key"),
+    "unknown selector": (["--selector", "magic"], "known: dense, static, "),
     "chunk of 0": (["--chunk", 0], "--chunk is 0"),
     "page no power of two": (["--page", 100], "allowed: 16, 32, 64, 128, 256"),
     "page too large": (["--page", 512], "allowed: 16, 32, 64, 128, 256"),

@@ -238,6 +238,102 @@ def test_dense_final_chunk_is_counted_and_raises_density(cli, demo_dir, whole, t
             assert other["density"] > row["density"] and other["dense_chunks"] > row["dense_chunks"]
 
 
+# ---- recall
+
+RECALL = ["--tasks", "niah_single_2,vt", "--lengths", 1500, "--samples", 2, "--page", 32, "--chunk", 256, "--sink", 32, "--window", 64]
+RECALL_SELECTORS = ["dense", "static", "mean-key", "mean-key:budget=density=0.2,min=1", "mean-key:mode=tile:budget=top=0.2",
+                    "mean-key:mode=adaptive", "oracle:budget=top=0.2", "oracle:mode=tile:heads-per-unit=1:budget=top=0.2"]
+
+
+def recall_command(demo_dir, *arguments):
+    return ["recall" if part == "ruler" else part for part in ruler_command(demo_dir, *arguments)]
+
+
+@pytest.fixture(scope="session")
+def recall(cli, demo_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recall") / "out.json"
+    printed = run(cli, *recall_command(demo_dir, *RECALL, "--selector", *RECALL_SELECTORS, "--json", out))
+    return {"json": json.loads(out.read_text()), "markdown": printed}
+
+
+def every_sum(recall):
+    for group in recall["json"]["groups"]:
+        for selector in group["selectors"]:
+            for layer in selector["layers"]:
+                yield from ((f"{group['group']} {selector['selector']} layer {layer['layer']}", layer, False),
+                            *((f"{selector['selector']} layer {layer['layer']} head {head['head']}", head, True) for head in layer["heads"]))
+            yield f"{group['group']} {selector['selector']}", selector, False
+
+
+def test_no_list_of_the_size_reads_more_than_the_oracle(recall):
+    count = 0
+    for place, sums, is_head in every_sum(recall):
+        # The oracle's list is the best for its unit, which may not be the best for one head of it.
+        if not is_head:
+            assert sums["recall"] <= sums["oracle_recall"] + 1e-6, place
+            assert sums["vs_oracle"] <= 1 + 1e-6, place
+        assert max(sums["recall"], sums["oracle_recall"]) <= sums["row_oracle_recall"] + 1e-6, place
+        assert 0 <= sums["recall"] <= 1 + 1e-5 and 0 <= sums["far_recall"] <= 1 + 1e-5, place
+        count += 1
+    assert count == 2 * len(RECALL_SELECTORS) * (1 + 4 * (1 + 8))
+
+
+def test_selectors_whose_recall_is_known(recall):
+    for group in recall["json"]["groups"]:
+        assert [selector["selector"] for selector in group["selectors"]] == RECALL_SELECTORS
+        by_name = {selector["selector"]: selector for selector in group["selectors"]}
+        dense, static = by_name["dense"], by_name["static"]
+        assert dense["recall"] == pytest.approx(1, abs=1e-5) and dense["vs_oracle"] == 1 and dense["density"] == 1
+        # Nothing is chosen, so no list can choose better.
+        assert static["recall"] == static["oracle_recall"] == static["row_oracle_recall"] and static["far_recall"] < 0.6
+        # One query head and one query block a unit, of which the oracle selector takes the best pages: its own yardstick.
+        alone = by_name["oracle:mode=tile:heads-per-unit=1:budget=top=0.2"]
+        assert alone["vs_oracle"] > 0.99 and alone["recall"] <= alone["row_oracle_recall"]
+        for name in ("mean-key", "oracle:budget=top=0.2"):
+            assert static["recall"] < by_name[name]["recall"] < 1 and by_name[name]["union_inflation"] > 1
+            assert 0 < by_name[name]["recall_p5"] <= by_name[name]["recall"]
+        assert all(selector["nonfinite_rows"] == 0 for selector in group["selectors"])
+
+
+def test_recall_says_the_same_on_any_number_of_threads(cli, demo_dir, recall, tmp_path):
+    out = tmp_path / "out.json"
+    run(cli, *recall_command(demo_dir, *RECALL, "--selector", ",".join(RECALL_SELECTORS), "--threads", 3, "--json", out))
+    without_times = lambda value: ([without_times(part) for part in value] if isinstance(value, list) else
+                                   {key: without_times(part) for key, part in value.items() if not key.endswith("_seconds")}
+                                   if isinstance(value, dict) else value)
+    assert without_times(json.loads(out.read_text())) == without_times(recall["json"])
+
+
+def test_recall_of_text_files(cli, demo_dir, tmp_path):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text((demo_dir / "haystack.txt").read_text()[:5000])
+    out = tmp_path / "out.json"
+    printed = run(cli, "eval", "recall", "-m", demo_dir, "-p", tmp_path / "one.txt", tmp_path / "two.txt", "--page", 64, "--chunk", 256,
+                  "--json", out, "--markdown", tmp_path / "out.md")
+    assert printed == (tmp_path / "out.md").read_text()
+    groups = json.loads(out.read_text())["groups"]
+    assert [group["group"] for group in groups] == [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
+    figures = lambda group: [(selector["recall"], selector["density"]) for selector in group["selectors"]]
+    assert figures(groups[0]) == figures(groups[1])
+
+
+BAD_RECALL = {
+    "pages of its own": (["--selector", "mean-key,mean-key:page=64"], "must be the same for all"),
+    "chunks of its own": (["--selector", "mean-key:chunk=64"], "must be the same for all"),
+    "no selector": (["--selector", ","], "at least one"),
+    "unknown budget": (["--selector", "mean-key:budget=best"], "budget"),
+    "missing file": (["-p", "no/such/prompt.txt"], "no/such/prompt.txt"),
+    "file and task": (["-p", "x", "--tasks", "vt"], "excludes"),
+    "json into nowhere": (["--json", "/no/such/place.json"], "/no/such/place.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECALL)
+def test_bad_recall_flag(cli, demo_dir, name):
+    flags, text = BAD_RECALL[name]
+    assert text in run(cli, "eval", "recall", "-m", demo_dir, *flags, cwd=demo_dir.parents[1], expect=2)
+
+
 # ---- bad input
 
 BAD_RULER = {
@@ -256,7 +352,7 @@ BAD_RULER = {
     "shard outside": (["--shard", "2/2"], "I from 0 to N - 1"),
     "shard no number": (["--shard", "first"], "--shard is 'first'"),
     "shard with a tail": (["--shard", "0/2x"], "--shard is '0/2x'"),
-    "unknown selector": (["--selector", "magic"], "dense, static, mean-key"),
+    "unknown selector": (["--selector", "magic"], "known: dense, static, "),
     "no selector": (["--selector", ","], "at least one"),
     "selector without a name": (["--selector", ":share=1"], "has no name"),
     "selector twice": (["--selector", "dense,dense"], "named twice"),
