@@ -3,8 +3,8 @@
     python3 tools/record_figures.py run       # on an idle machine, after the dev and release builds
     python3 tools/record_figures.py tables    # tables again from benchmarks/results/*.json
 
-No figure in those tables is typed by hand. Accuracy comes from tools/demo_model/evaluate_engine.py --json
-benchmarks/results/demo_accuracy.json, which needs its corpus and takes hours, so `run` leaves it alone.
+No figure in those tables is typed by hand. Accuracy comes from `compact eval ruler` and `compact eval merge --json
+benchmarks/results/demo_accuracy.json`, which take hours, so `run` leaves it alone.
 """
 
 import datetime
@@ -74,16 +74,21 @@ def demo_table(figures: dict) -> str:
         f"| union inflation | | {compact['union_inflation']:.2f} | |", "", made_by(figures)])
 
 
-def accuracy_table(rows: list) -> str:
-    lines = ["| task | tokens | samples | dense | mean-key | density | union inflation |", "|---|---|---|---|---|---|---|"]
-    dense = {(row["task"], row["tokens"]): row for row in rows if row["selector"] == "dense"}
-    for row in rows:
-        if row["selector"] == "dense":
-            continue
-        base = dense[row["task"], row["tokens"]]
-        lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {base['accuracy']:.1f} | {row['accuracy']:.1f} | "
+def accuracy_table(figures: dict) -> str:
+    dense = {(row["task"], row["tokens"]): row for row in figures["rows"] if row["selector"] == "dense"}
+    compact = [row for row in figures["rows"] if row["selector"] != "dense"]
+    names = sorted({row["selector"] for row in compact})
+    if len(names) != 1:
+        sys.exit(f"demo_accuracy.json has the selectors {names} beside dense; the table has room for one")
+    lines = [f"| task | tokens | samples | dense | compact ({names[0]}) | difference, points [95 %] | density | union inflation |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in compact:
+        lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {dense[row['task'], row['tokens']]['accuracy']:.1f} | "
+                     f"{row['accuracy']:.1f} | {row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}] | "
                      f"{row['density']:.3f} | {row['union_inflation']:.2f} |")
-    return "\n".join(lines)
+    configuration = figures["configuration"]
+    return "\n".join([*lines, "", f"{configuration['form']} over held-out prose, greedy, final chunk {configuration['final_chunk']}, "
+                      f"seed {configuration['seed']}; configuration {figures['digest']}, which every shard of the run shares."])
 
 
 def attention_table(figures: dict) -> str:
@@ -109,8 +114,9 @@ def tables() -> None:
         replace_block(ROOT / "README.md", "accuracy", text)
         replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
         recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`", "", text, "",
-                     "`tools/demo_model/evaluate_engine.py --json benchmarks/results/demo_accuracy.json` (its options: the table). "
-                     "Times in that file were taken on a busy machine and stand in no table.", ""]
+                     "`compact eval ruler -m assets/demo` with the table's tasks, lengths and samples, selectors `dense,mean-key`, in shards "
+                     "(`--shard`), joined by `compact eval merge --json benchmarks/results/demo_accuracy.json`. Times in that file are of "
+                     "machines that did other work and stand in no table.", ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     if demo:

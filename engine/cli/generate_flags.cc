@@ -33,7 +33,13 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
           "How many pages a selector keeps: native (its own rule), threshold=X, top=X, mass=X or density=X, then "
           ",min=N and ,max=N pages")
       ->capture_default_str();
-  command.add_option("--mode", mode, "Union of the pages: paper (one list per chunk and KV head)")
+  command
+      .add_option(
+          "--mode", mode,
+          "Who shares a page list: paper (a whole chunk), span (--span tokens), tile (128 rows), adaptive (tiles "
+          "merged while that is cheaper)")
+      ->capture_default_str();
+  command.add_option("--span", options.sparsity.unite.span_tokens, "Query tokens that share a page list in mode span")
       ->capture_default_str();
   command.add_option("--backend", backend, "Where to compute: cpu")->capture_default_str();
   command.add_option("--chunk", options.chunk_tokens, "Tokens per prefill chunk")->capture_default_str();
@@ -51,7 +57,7 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
                   "Below this context a chunk reads every page, without a selection")
       ->capture_default_str();
   command
-      .add_option("--heads-per-unit", options.sparsity.heads_per_unit,
+      .add_option("--heads-per-unit", options.sparsity.unite.heads_per_unit,
                   "Query heads that share a page list; divides the query heads per KV head; 0: default")
       ->capture_default_str();
   command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
@@ -70,7 +76,6 @@ void GenerateFlags::add_sampling_to(CLI::App& command) {
 
 Result<GenerateOptions> GenerateFlags::resolve() const {
   GenerateOptions resolved = options;
-  if (mode != "paper") return unsupported(fmt::format("--mode is '{}'\n  allowed: paper", mode));
   if (backend != "cpu") return unsupported(fmt::format("--backend is '{}'\n  allowed: cpu", backend));
   if (kv_dtype == "f32") {
     resolved.kv_dtype = DType::kF32;
@@ -90,6 +95,12 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
   }
   if (share >= 0 && alpha >= 0) {
     return invalid_argument("--share and --alpha are two rules for one threshold\n  allowed: one of them");
+  }
+  CA_ASSIGN_OR_RETURN(resolved.sparsity.unite.mode, union_mode_from_name(mode));
+  if ((resolved.sparsity.unite.mode == UnionMode::kSpan) != (resolved.sparsity.unite.span_tokens > 0)) {
+    return invalid_argument(
+        fmt::format("--mode is {} and --span is {}\n  allowed: --mode span with --span of 1 or more", mode,
+                    resolved.sparsity.unite.span_tokens));
   }
   resolved.sparsity.selector.name = selector;
   CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.mean_key, mean_key_preset(preset));

@@ -34,7 +34,7 @@ struct GenerateFlags {
   void add_selector_to(CLI::App& command);
 
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
-  /// is allowed; kUnsupported for a mode or backend that this version lacks.
+  /// is allowed; kUnsupported for a backend that this version lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
 };
 

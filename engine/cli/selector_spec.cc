@@ -17,6 +17,20 @@ std::vector<std::string> split_list(std::string_view text, char separator) {
   return parts;
 }
 
+std::vector<std::string> split_selectors(std::string_view text) {
+  std::vector<std::string> specs;
+  for (const std::string& part : split_list(text)) {
+    // No selector's name holds '=': "min=2" of "mean-key:budget=density=0.1,min=2" goes on with what stands before it.
+    const bool continues = part.substr(0, part.find(':')).find('=') != std::string::npos;
+    if (continues && !specs.empty()) {
+      specs.back() += "," + part;
+    } else {
+      specs.push_back(part);
+    }
+  }
+  return specs;
+}
+
 Result<GenerateFlags> parse_selector_spec(const GenerateFlags& base, std::string_view spec) {
   const std::vector<std::string> parts = split_list(spec, ':');
   if (parts.empty() || spec.starts_with(':')) {

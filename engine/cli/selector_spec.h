@@ -20,6 +20,10 @@ namespace compact::engine {
 /// The parts of a comma-separated list, empty ones left out.
 [[nodiscard]] std::vector<std::string> split_list(std::string_view text, char separator = ',');
 
+/// Specs from a comma-separated list. A part that cannot begin a spec goes on with the one before it: the commas of a
+/// budget do not end its selector.
+[[nodiscard]] std::vector<std::string> split_selectors(std::string_view text);
+
 /// Every prefill flag with its value as text, --threads and --selector aside: what makes runs comparable.
 [[nodiscard]] nlohmann::json prefill_flag_values(GenerateFlags flags);
 

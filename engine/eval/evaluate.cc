@@ -14,27 +14,35 @@
 namespace compact::engine {
 namespace {
 
-Status check_run(const RulerRun& run, const ModelConfig& config) {
-  if (run.tasks.empty() || run.lengths_tokens.empty() || run.selectors.empty()) {
-    return invalid_argument("nothing to evaluate\n  allowed: at least one task, one length and one selector");
+template <class T>
+Status refuse_twice(const std::vector<T>& values, const char* what) {
+  std::set<T> seen;
+  for (const T& value : values) {
+    if (!seen.insert(value).second) {
+      return invalid_argument(fmt::format("{} {} is named twice\n  allowed: each once", what, value));
+    }
   }
-  if (run.samples < 1) {
-    return invalid_argument(fmt::format("{} samples of each task\n  allowed: 1 or more", run.samples));
+  return {};
+}
+
+Status check_questions(const RulerQuestions& questions, const ModelConfig& config) {
+  if (questions.tasks.empty() || questions.lengths_tokens.empty()) {
+    return invalid_argument("nothing to ask\n  allowed: at least one task and one length");
   }
-  if (run.shard.count < 1 || run.shard.index < 0 || run.shard.index >= run.shard.count) {
+  CA_RETURN_IF_ERROR(refuse_twice(questions.tasks, "task"));
+  CA_RETURN_IF_ERROR(refuse_twice(questions.lengths_tokens, "length"));
+  if (questions.samples < 1) {
+    return invalid_argument(fmt::format("{} samples of each task\n  allowed: 1 or more", questions.samples));
+  }
+  const Shard& shard = questions.shard;
+  if (shard.count < 1 || shard.index < 0 || shard.index >= shard.count) {
     return invalid_argument(
-        fmt::format("shard {}/{}\n  allowed: I/N with I from 0 to N - 1", run.shard.index, run.shard.count));
+        fmt::format("shard {}/{}\n  allowed: I/N with I from 0 to N - 1", shard.index, shard.count));
   }
-  for (const std::int32_t length : run.lengths_tokens) {
+  for (const std::int32_t length : questions.lengths_tokens) {
     if (length < 1 || length > config.max_position_embeddings) {
       return invalid_argument(fmt::format("length is {} tokens\n  allowed: 1 to the model's {} positions", length,
                                           config.max_position_embeddings));
-    }
-  }
-  std::set<std::string> labels;
-  for (const SelectorRun& selector : run.selectors) {
-    if (!labels.insert(selector.label).second) {
-      return invalid_argument(fmt::format("selector '{}' is named twice\n  allowed: each once", selector.label));
     }
   }
   return {};
@@ -89,55 +97,69 @@ Result<std::vector<std::int32_t>> encode_sample(const LoadedModel& model, const 
   return model.tokenizer.encode_segments(chat.segments, chat.add_special_tokens);
 }
 
-Result<RulerTasks> make_ruler_tasks(const RulerRun& run, const RulerSources& sources, const LoadedModel& model) {
-  CA_RETURN_IF_ERROR(check_run(run, model.transformer.config()));
+Result<RulerTasks> make_ruler_tasks(const RulerQuestions& questions, const RulerSources& sources,
+                                    const LoadedModel& model) {
+  CA_RETURN_IF_ERROR(check_questions(questions, model.transformer.config()));
   const CountTokens count_tokens = [&model](std::string_view text) -> Result<std::int64_t> {
     CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> tokens, model.tokenizer.encode(text, false));
     return static_cast<std::int64_t>(tokens.size());
   };
   RulerTasks tasks;
-  for (const std::int32_t length : run.lengths_tokens) {
+  for (const std::int32_t length : questions.lengths_tokens) {
     tasks.emplace_back();
-    for (const std::string& name : run.tasks) {
+    for (const std::string& name : questions.tasks) {
       CA_ASSIGN_OR_RETURN(auto task, make_ruler_task(name, length, sources, count_tokens));
+      if (questions.samples > task->max_samples()) {
+        return invalid_argument(fmt::format("{} samples of task {}\n  allowed: 1 to {}, the questions of its file",
+                                            questions.samples, name, task->max_samples()));
+      }
       tasks.back().push_back(std::move(task));
     }
   }
   return tasks;
 }
 
-Result<std::vector<EvalRecord>> evaluate_ruler(const RulerRun& run, const RulerTasks& tasks, const LoadedModel& model,
+Status for_each_sample(const RulerQuestions& questions, const RulerTasks& tasks, const OnSample& body) {
+  for (std::size_t at = 0; at < questions.lengths_tokens.size(); ++at) {
+    for (const auto& task : tasks[at]) {
+      for (std::int32_t index = questions.shard.index; index < questions.samples; index += questions.shard.count) {
+        CA_RETURN_IF_ERROR(body(*task, {questions.seed, task->name(), questions.lengths_tokens[at], index}));
+      }
+    }
+  }
+  return {};
+}
+
+Result<std::vector<EvalRecord>> evaluate_ruler(const RulerQuestions& questions, const RulerTasks& tasks,
+                                               const std::vector<SelectorRun>& selectors, const LoadedModel& model,
                                                WorkFile* work, const OnRecord& on_record, ThreadPool& pool) {
   std::vector<EvalRecord> records = work != nullptr ? work->resumed() : std::vector<EvalRecord>();
   std::set<EvalRecord::Key> done;
   for (const EvalRecord& record : records) done.insert(record.key());
   const EncodeSample encode = [&model](const EvalSample& sample) { return encode_sample(model, sample); };
 
-  for (std::size_t at = 0; at < run.lengths_tokens.size(); ++at) {
-    for (const auto& task : tasks[at]) {
-      for (std::int32_t index = run.shard.index; index < run.samples; index += run.shard.count) {
-        const SampleSeed seed{run.seed, task->name(), run.lengths_tokens[at], index};
-        std::optional<FittedSample> fitted;
-        double encode_seconds = 0;
-        for (const SelectorRun& selector : run.selectors) {
-          if (done.contains({std::string(task->name()), seed.length_tokens, index, selector.label})) continue;
-          if (!fitted) {
-            CA_ASSIGN_OR_RETURN(fitted, fit_sample(*task, seed, encode));
-            const Stopwatch stopwatch;
-            CA_ASSIGN_OR_RETURN(fitted->tokens, encode(fitted->sample));
-            encode_seconds = stopwatch.seconds();
-          }
-          CA_ASSIGN_OR_RETURN(EvalRecord record, answer(model, *task, *fitted, selector, encode_seconds, pool));
-          record.task = task->name();
-          record.length_tokens = seed.length_tokens;
-          record.index = index;
-          if (work != nullptr) CA_RETURN_IF_ERROR(work->append(record));
-          if (on_record) on_record(record);
-          records.push_back(std::move(record));
-        }
+  const OnSample answer_sample = [&](const RulerTask& task, const SampleSeed& seed) -> Status {
+    std::optional<FittedSample> fitted;  // made once, if any selector has to answer it
+    double encode_seconds = 0;
+    for (const SelectorRun& selector : selectors) {
+      if (done.contains({std::string(seed.task), seed.length_tokens, seed.index, selector.label})) continue;
+      if (!fitted) {
+        CA_ASSIGN_OR_RETURN(fitted, fit_sample(task, seed, encode));
+        const Stopwatch stopwatch;
+        CA_ASSIGN_OR_RETURN(fitted->tokens, encode(fitted->sample));
+        encode_seconds = stopwatch.seconds();
       }
+      CA_ASSIGN_OR_RETURN(EvalRecord record, answer(model, task, *fitted, selector, encode_seconds, pool));
+      record.task = seed.task;
+      record.length_tokens = seed.length_tokens;
+      record.index = seed.index;
+      if (work != nullptr) CA_RETURN_IF_ERROR(work->append(record));
+      if (on_record) on_record(record);
+      records.push_back(std::move(record));
     }
-  }
+    return {};
+  };
+  CA_RETURN_IF_ERROR(for_each_sample(questions, tasks, answer_sample));
   return records;
 }
 

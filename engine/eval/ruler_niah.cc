@@ -202,10 +202,10 @@ Result<std::unique_ptr<RulerTask>> make_niah_task(std::string_view name, const R
   const auto shape = std::find_if(kShapes.begin(), kShapes.end(), [&](const NiahShape& s) { return s.name == name; });
   if (shape == kShapes.end()) return std::unique_ptr<RulerTask>();
   if (shape->haystack == Haystack::kEssay && sources.prose == nullptr) {
-    return invalid_argument(fmt::format("task {} needs prose\n  try: --essays FILE", name));
+    return missing_source(name, "prose", "--essays FILE; its default is a path in this project's sources");
   }
   if (shape->key == Word::kPair && sources.words == nullptr) {
-    return invalid_argument(fmt::format("task {} needs words for keys\n  try: --words FILE", name));
+    return missing_source(name, "words", "--words FILE; its default is a path in this project's sources");
   }
   return std::unique_ptr<RulerTask>(std::make_unique<NiahTask>(*shape, sources));
 }

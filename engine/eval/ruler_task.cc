@@ -27,20 +27,42 @@ std::string SampleSeed::stream(std::string_view purpose) const {
 }
 
 const std::vector<std::string>& ruler_task_names() {
-  static const std::vector<std::string> kNames = {"niah_single_1",   "niah_single_2",   "niah_single_3",
-                                                  "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-                                                  "niah_multivalue", "niah_multiquery", "vt"};
+  static const std::vector<std::string> kNames = {"niah_single_1",
+                                                  "niah_single_2",
+                                                  "niah_single_3",
+                                                  "niah_multikey_1",
+                                                  "niah_multikey_2",
+                                                  "niah_multikey_3",
+                                                  "niah_multivalue",
+                                                  "niah_multiquery",
+                                                  "vt",
+                                                  "cwe",
+                                                  "fwe",
+                                                  "qa_1",
+                                                  "qa_2"};
   return kNames;
+}
+
+std::vector<std::string> generated_ruler_task_names() {
+  std::vector<std::string> names = ruler_task_names();
+  std::erase_if(names, [](const std::string& name) { return name.starts_with("qa_"); });
+  return names;
+}
+
+Status missing_source(std::string_view task, std::string_view source, std::string_view flag) {
+  return invalid_argument(fmt::format("task {} needs {}\n  try: {}", task, source, flag));
 }
 
 Result<std::unique_ptr<RulerTask>> make_ruler_task(std::string_view name, std::int32_t length_tokens,
                                                    const RulerSources& sources, const CountTokens& count_tokens) {
-  (void)length_tokens;
   if (name.starts_with("niah_")) {
     CA_ASSIGN_OR_RETURN(std::unique_ptr<RulerTask> task, make_niah_task(name, sources));
     if (task != nullptr) return task;
   }
   if (name == "vt") return make_variable_tracking_task(count_tokens);
+  if (name == "cwe") return make_common_words_task(length_tokens, sources);
+  if (name == "fwe") return make_frequent_words_task(length_tokens);
+  if (name == "qa_1" || name == "qa_2") return make_question_task(name, sources);
   return invalid_argument(
       fmt::format("there is no RULER task '{}'\n  allowed: {}", name, fmt::join(ruler_task_names(), ", ")));
 }

@@ -7,12 +7,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "compact/status.h"
+#include "engine/eval/question_set.h"
 #include "engine/eval/text_sources.h"
 
 namespace compact::engine {
@@ -30,6 +32,8 @@ struct EvalSample {
 struct RulerSources {
   const Prose* prose = nullptr;
   const WordList* words = nullptr;
+  const QuestionSet* qa_1 = nullptr;
+  const QuestionSet* qa_2 = nullptr;
 };
 
 /// Tokens of a text, without what a chat format or a tokenizer puts around it.
@@ -61,6 +65,8 @@ class RulerTask {
   /// The haystack's units: words of prose, lines, words of a list, documents.
   [[nodiscard]] virtual std::int64_t min_units() const noexcept = 0;
   [[nodiscard]] virtual std::int64_t max_units() const noexcept = 0;
+  /// Samples that the task's material is enough for.
+  [[nodiscard]] virtual std::int32_t max_samples() const noexcept { return std::numeric_limits<std::int32_t>::max(); }
   /// About what a unit takes, where the search for the largest haystack begins.
   [[nodiscard]] virtual double tokens_per_unit() const noexcept = 0;
   /// What the user can do when max_units is too few for a length.
@@ -70,8 +76,10 @@ class RulerTask {
   [[nodiscard]] virtual EvalSample build(const SampleSeed& seed, std::int64_t units) const = 0;
 };
 
-/// All names in RULER's order.
+/// All names in RULER's order; those that need files of questions last.
 [[nodiscard]] const std::vector<std::string>& ruler_task_names();
+/// Those whose prompts are generated from prose and words alone.
+[[nodiscard]] std::vector<std::string> generated_ruler_task_names();
 
 /// Errors: kInvalidArgument for an unknown name (lists the known) or a source that the task needs and is not there;
 /// those of `count_tokens`.

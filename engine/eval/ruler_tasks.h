@@ -14,6 +14,17 @@ namespace compact::engine {
 /// vt: a chain of variable assignments in noise, after a worked example of at most 500 tokens.
 [[nodiscard]] Result<std::unique_ptr<RulerTask>> make_variable_tracking_task(const CountTokens& count_tokens);
 
+/// cwe: the ten words that stand most often in a numbered list, after a worked example.
+[[nodiscard]] Result<std::unique_ptr<RulerTask>> make_common_words_task(std::int32_t length_tokens,
+                                                                        const RulerSources& sources);
+/// fwe: the three most frequent words of a coded text with Zipf's frequencies.
+[[nodiscard]] Result<std::unique_ptr<RulerTask>> make_frequent_words_task(std::int32_t length_tokens);
+/// qa_1, qa_2: a question of the user's file about one or a few of many documents.
+[[nodiscard]] Result<std::unique_ptr<RulerTask>> make_question_task(std::string_view name, const RulerSources& sources);
+
+/// "task cwe needs words": the user gave none.
+[[nodiscard]] Status missing_source(std::string_view task, std::string_view source, std::string_view flag);
+
 /// RULER's noise, one line of it.
 inline constexpr std::string_view kNoiseLine =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";

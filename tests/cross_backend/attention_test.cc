@@ -18,6 +18,7 @@ using testing::attend_by_sets;
 using testing::kNaN;
 using testing::kUntouched;
 using testing::Problem;
+using testing::Random;
 using testing::random_shape;
 using testing::Shape;
 
@@ -204,7 +205,9 @@ TEST(AttentionCpu, SameBitsAloneAndInABatch) {
     run_cpu(problem, pool);
     const std::vector<float> o = problem.o;
     problem.clear_output();
-    for (const AttentionUnit& unit : problem.units) {
+    for (std::size_t u = 0; u < problem.units.size(); ++u) {
+      const AttentionUnit& unit = problem.units[u];
+      if (problem.shape.correction) problem.input.correction.dropped = {&problem.dropped[u], 1};
       for (std::int32_t i = 0; i < unit.q_len; ++i) {
         AttentionUnit row = unit;
         row.q_begin += i;
@@ -216,6 +219,223 @@ TEST(AttentionCpu, SameBitsAloneAndInABatch) {
     }
     ASSERT_EQ(problem.o, o);
   }
+}
+
+// Lists of every past page for the same rows.
+void list_every_page(Problem& problem) {
+  problem.page_ids.clear();
+  for (std::size_t u = 0; u < problem.units.size(); ++u) {
+    const auto b = static_cast<std::size_t>(problem.request_of_unit[u]);
+    AttentionUnit& unit = problem.units[u];
+    unit.list_begin = static_cast<std::int32_t>(problem.page_ids.size());
+    unit.list_tokens += problem.shape.starts[b] - unit.past_tokens;
+    unit.past_tokens = problem.shape.starts[b];
+    problem.page_ids.insert(problem.page_ids.end(), problem.page_table[b].begin(), problem.page_table[b].end());
+  }
+  problem.input.page_ids = problem.page_ids;
+}
+
+// I15: a page whose keys are all equal is its mean, so the correction makes up for every page that is left out.
+TEST(MeanCorrection, OfPagesWithEqualKeysGivesDense) {
+  ThreadPool pool(2);
+  std::int64_t dropped = 0;
+  for (std::uint32_t seed = 5000; seed < 5040; ++seed) {
+    Shape shape = random_shape(seed);
+    shape.same_keys = true;
+    shape.correction = true;
+    shape.dtype = DType::kF32;
+    Problem problem(shape);
+    SCOPED_TRACE(shape.text());
+    dropped += static_cast<std::int64_t>(problem.dropped_ids.size());
+    Problem dense(shape);
+    list_every_page(dense);
+    dense.input.correction = {};
+    ASSERT_TRUE(attend_reference(dense.input, dense.output).ok());
+    ASSERT_TRUE(attend_reference(problem.input, problem.output).ok());
+    const double bound = (16 + 4 * logit_bound(problem)) * kRounding;  // the means are rounded to fp32
+    expect_close(problem.o, dense.o, bound, "reference o");
+    expect_close(problem.lse, dense.lse, 8 * bound, "reference lse");
+    for_each_target([&](const std::string& target) {
+      run_cpu(problem, pool);
+      expect_close(problem.o, dense.o, 4 * bound, target + " o");
+      expect_close(problem.lse, dense.lse, 8 * bound, target + " lse");
+    });
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(dropped, 100);
+}
+
+// I15: lambda 0 skips nothing and changes no bit; otherwise what is left out is at most lambda per key of the list.
+TEST(SkipSoftmax, LosesAtMostLambdaPerKey) {
+  ThreadPool pool(2);
+  std::int64_t skipped_by_reference = 0;
+  for (std::uint32_t seed = 6000; seed < 6060; ++seed) {
+    Shape shape = random_shape(seed);
+    shape.q_factor = 80;  // peaked
+    Problem problem(shape);
+    SCOPED_TRACE(shape.text());
+    ASSERT_TRUE(attend_reference(problem.input, problem.output).ok());
+    const std::vector<float> o = problem.o;
+    const std::vector<float> lse = problem.lse;
+    std::int64_t most_keys = 0;
+    for (const AttentionUnit& unit : problem.units) most_keys = std::max<std::int64_t>(most_keys, unit.list_tokens);
+    for (const DroppedPages& one : problem.dropped) most_keys += one.count * shape.page_tokens;
+    SkipCount count;
+    problem.output.skip_count = &count;
+    problem.input.skip_lambda = 1e-6F;
+    const double lost = 1e-6 * static_cast<double>(most_keys);
+    const double rounding = (8 + 8 * logit_bound(problem)) * kRounding;
+    ASSERT_TRUE(attend_reference(problem.input, problem.output).ok());
+    skipped_by_reference += count.skipped;
+    expect_close(problem.o, o, 2 * lost + rounding, "reference o");
+    expect_close(problem.lse, lse, 2 * lost + 256 * kRounding, "reference lse");
+    for_each_target([&](const std::string& target) {
+      run_cpu(problem, pool);
+      EXPECT_LE(count.skipped, count.steps);
+      expect_close(problem.o, o, 2 * lost + 4 * rounding, target + " o");
+      expect_close(problem.lse, lse, 2 * lost + 4 * rounding, target + " lse");
+    });
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(skipped_by_reference, 100);
+}
+
+// Keys of the first page point along q, all others the other way: every later step is left out, in any number of
+// threads. With the first page read last nothing can be left out: what the order of a list is for.
+TEST(SkipSoftmax, SkipsWhatTheOrderOfTheListAllows) {
+  Problem problem({.group = 4, .heads_per_unit = 4, .page_tokens = 128, .starts = {1024}, .chunks = {64}});
+  for (float& x : problem.q) x = 1;
+  const auto page_of = [&](std::int32_t j) { return problem.page_table[0][static_cast<std::size_t>(j)]; };
+  for (std::int32_t j = 0; j < 9; ++j) {
+    float* page = problem.k.data() + page_of(j) * problem.input.kv.page_stride;
+    std::fill_n(page, problem.input.kv.page_stride, j == 0 ? 2.0F : -2.0F);
+  }
+  problem.units.resize(1);
+  problem.units[0].q_len = 64;
+  list_every_page(problem);
+  problem.input.units = problem.units;
+  problem.input.skip_lambda = 1e-4F;
+  SkipCount count;
+  problem.output.skip_count = &count;
+  ASSERT_TRUE(attend_reference(problem.input, problem.output).ok());
+  EXPECT_EQ(count.steps, 64 * 4 * 9);
+  EXPECT_EQ(count.skipped, 64 * 4 * 8);
+  const std::vector<float> o = problem.o;
+  for (const std::int32_t threads : {1, 2, 3}) {
+    ThreadPool pool(threads);
+    for_each_target([&](const std::string& target) {
+      run_cpu(problem, pool);
+      EXPECT_EQ(count.skipped * 9, count.steps * 8) << target;
+      expect_close(problem.o, o, 1e-3, target + " o");
+    });
+    std::swap(problem.page_ids[0], problem.page_ids[7]);  // past pages may stand in any order
+    for_each_target([&](const std::string& target) {
+      run_cpu(problem, pool);
+      EXPECT_EQ(count.skipped * 9, count.steps) << target;  // only the chunk's page comes after the first
+      expect_close(problem.o, o, 1e-3, target + " o");
+    });
+    std::swap(problem.page_ids[0], problem.page_ids[7]);
+    problem.input.skip_lambda = 0;
+    for_each_target([&](const std::string& target) {
+      run_cpu(problem, pool);
+      EXPECT_EQ(count.skipped, 0) << target;
+    });
+    problem.input.skip_lambda = 1e-4F;
+  }
+}
+
+// I15: attention over two parts of the lists, merged, is attention over the lists.
+TEST(MergePartials, EqualsOnePass) {
+  ThreadPool pool(2);
+  for (std::uint32_t seed = 7000; seed < 7060; ++seed) {
+    Problem problem(random_shape(seed));
+    SCOPED_TRACE(problem.shape.text());
+    run_cpu(problem, pool);
+    const std::vector<float> o = problem.o;
+    const std::vector<float> lse = problem.lse;
+    // The first past pages of each list, without the correction; then the rest, with it.
+    const std::vector<AttentionUnit> whole = problem.units;
+    const AttentionInput input = problem.input;
+    Random random(seed);
+    std::vector<std::int32_t> head(whole.size());
+    for (std::size_t u = 0; u < whole.size(); ++u)
+      head[u] = random.below(whole[u].past_tokens / problem.shape.page_tokens + 1);
+    for (std::size_t u = 0; u < whole.size(); ++u) {
+      problem.units[u].past_tokens = problem.units[u].list_tokens = head[u] * problem.shape.page_tokens;
+    }
+    problem.input.correction = {};
+    run_cpu(problem, pool);
+    std::vector<float> first_o = problem.o;
+    std::vector<float> first_lse = problem.lse;
+    problem.input = input;
+    for (std::size_t u = 0; u < whole.size(); ++u) {
+      problem.units[u] = whole[u];
+      problem.units[u].list_begin += head[u];
+      problem.units[u].past_tokens -= head[u] * problem.shape.page_tokens;
+      problem.units[u].list_tokens -= head[u] * problem.shape.page_tokens;
+    }
+    run_cpu(problem, pool);
+    const auto rows_of = [&](std::vector<float>& data) {
+      MutableRows rows = problem.output.o;
+      rows.data = data.data() + (problem.output.o.data - problem.o.data());
+      return rows;
+    };
+    const auto as_const = [](const MutableRows& r) {
+      return ConstRows{r.data, r.tokens, r.heads, r.head_dim, r.token_stride, r.head_stride};
+    };
+    const AttentionPartial parts[] = {{as_const(rows_of(first_o)), first_lse.data()},
+                                      {as_const(problem.output.o), problem.lse.data()}};
+    // Into the first part's own memory.
+    ASSERT_TRUE(merge_partials(parts, {rows_of(first_o), first_lse.data()}).ok());
+    const double bound = (16 + 8 * logit_bound(problem)) * kRounding;
+    for (const AttentionUnit& unit : whole) {
+      for (std::int32_t t = unit.q_begin; t < unit.q_begin + unit.q_len; ++t) {
+        for (std::int32_t h = unit.q_head; h < unit.q_head + input.heads_per_unit; ++h) {
+          const auto at = static_cast<std::size_t>(problem.output.o.row(t, h) - problem.o.data());
+          for (std::size_t d = at; d < at + static_cast<std::size_t>(problem.shape.head_dim); ++d) {
+            ASSERT_NEAR(first_o[d], o[d], bound);
+          }
+          const auto row = static_cast<std::size_t>(t * problem.num_q_heads() + h);
+          ASSERT_NEAR(first_lse[row], lse[row], bound + 256 * kRounding);
+        }
+      }
+    }
+  }
+}
+
+TEST(MergePartials, EmptyPartsAndBadInput) {
+  float o[2] = {9, 9};
+  float lse[1] = {0};
+  const float a[2] = {kNaN, kNaN};  // not read
+  const float b[2] = {3, 4};
+  const float nothing[1] = {-std::numeric_limits<float>::infinity()};
+  const float something[1] = {-200};
+  const AttentionOutput output{contiguous_rows(o, 1, 1, 2), lse};
+  const auto part = [](const float* rows, const float* lse_of) {
+    return AttentionPartial{contiguous_rows(rows, 1, 1, 2), lse_of};
+  };
+  const AttentionPartial one[] = {part(a, nothing), part(b, something), part(a, nothing)};
+  ASSERT_TRUE(merge_partials(one, output).ok());
+  EXPECT_EQ(o[0], 3);
+  EXPECT_EQ(o[1], 4);
+  EXPECT_EQ(lse[0], -200);
+  const AttentionPartial none[] = {part(a, nothing)};
+  ASSERT_TRUE(merge_partials(none, output).ok());
+  EXPECT_EQ(o[0], 0);
+  EXPECT_EQ(lse[0], nothing[0]);
+  const float twice[1] = {-200 + std::log(3.0F)};
+  const float c[2] = {7, 8};
+  const AttentionPartial two[] = {part(b, something), part(c, twice)};
+  ASSERT_TRUE(merge_partials(two, output).ok());
+  EXPECT_NEAR(o[0], 6, 1e-4);  // (3 + 3 * 7) / 4
+  EXPECT_NEAR(lse[0], -200 + std::log(4.0F), 1e-4);
+
+  EXPECT_EQ(merge_partials({}, output).message(), "merge: no partial result; allowed: 1 or more");
+  const AttentionPartial no_lse[] = {part(b, nullptr)};
+  EXPECT_EQ(merge_partials(no_lse, output).code(), StatusCode::kInvalidArgument);
+  const AttentionPartial wide[] = {{contiguous_rows(b, 2, 1, 1), something}};
+  EXPECT_NE(merge_partials(wide, output).message().find("part 0 is [2, 1, 1] and the output [1, 1, 2]"),
+            std::string::npos);
 }
 
 // Pages far apart in a reserved, mostly untouched region: offsets of 2^31 elements and more.
@@ -316,11 +536,27 @@ TEST(AttentionValidate, EachBadInputHasItsError) {
       {"unit 2: list entries [2147483647,", [](Problem& p) { p.units[2].list_begin = 2147483647; }},
       {"is -1; 0 to", [](Problem& p) { p.page_ids.back() = -1; }},
       {"is 1000; 0 to", [](Problem& p) { p.page_ids.back() = 1000; }},
+      {"skip_lambda is -0.5", [](Problem& p) { p.input.skip_lambda = -0.5F; }},
+      {"skip_lambda is 1", [](Problem& p) { p.input.skip_lambda = 1; }},
+      {"skip_lambda is nan", [](Problem& p) { p.input.skip_lambda = kNaN; }},
+      {"correction.dropped has 3 entries",
+       [](Problem& p) { p.input.correction.dropped = p.input.correction.dropped.first(3); }},
+      {"correction.mean_k is null", [](Problem& p) { p.input.correction.mean_k = nullptr; }},
+      {"correction.mean_v is null", [](Problem& p) { p.input.correction.mean_v = nullptr; }},
+      {"correction.count is null", [](Problem& p) { p.input.correction.count = nullptr; }},
+      {"unit 2: dropped pages [-1,", [](Problem& p) { p.dropped[2].begin = -1; }},
+      {"unit 2: dropped pages [", [](Problem& p) { p.dropped[2].count = -1; }},
+      {"unit 2: dropped pages [", [](Problem& p) { p.dropped[2].count = 1000; }},
+      {"dropped_ids[0] is -1", [](Problem& p) { p.dropped_ids[0] = -1; }},
+      {"dropped_ids[0] is 1000", [](Problem& p) { p.dropped_ids[0] = 1000; }},
+      {"cover 15 tokens; all 16", [](Problem& p) { p.count[static_cast<std::size_t>(p.dropped_ids[0])] = 15; }},
   };
   ThreadPool pool(1);
   for (const Mistake& mistake : mistakes) {
-    Problem problem({.num_kv_heads = 2, .group = 4, .heads_per_unit = 2, .starts = {40}, .chunks = {20}});
+    Problem problem(
+        {.num_kv_heads = 2, .group = 4, .heads_per_unit = 2, .correction = true, .starts = {168}, .chunks = {20}});
     ASSERT_GE(problem.units.size(), 4U);
+    ASSERT_FALSE(problem.dropped_ids.empty());
     problem.units[2].kv_head = 1;  // its own group: heads 4 to 7
     problem.units[2].q_head = 4;
     mistake.make(problem);

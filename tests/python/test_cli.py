@@ -4,18 +4,10 @@ half-written)."""
 import json
 import shutil
 import struct
-import subprocess
 
 import pytest
 
-
-
-def run(cli, *arguments, stdin=b"", expect=0):
-    done = subprocess.run([cli, *map(str, arguments)], input=stdin, capture_output=True, timeout=300)
-    output = done.stdout.decode("utf-8", "replace")
-    error = done.stderr.decode("utf-8", "replace")
-    assert done.returncode == expect, f"exit code {done.returncode}\n{output}\n{error}"
-    return output if expect == 0 else error
+from conftest import run
 
 
 @pytest.fixture
@@ -90,13 +82,14 @@ def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):
 
 
 BAD_FLAGS = {
-    "unknown selector": (["--selector", "magic"], "dense, static, mean-key"),
+    "unknown selector": (["--selector", "magic"], "known: dense, static, "),
     "chunk of 0": (["--chunk", 0], "--chunk is 0"),
     "page no power of two": (["--page", 100], "allowed: 16, 32, 64, 128, 256"),
     "page too large": (["--page", 512], "allowed: 16, 32, 64, 128, 256"),
     "not a number": (["--chunk", "many"], "many"),
     "unknown flag": (["--turbo"], "turbo"),
-    "unknown mode": (["--mode", "tile"], "allowed: paper"),
+    "unknown mode": (["--mode", "row"], "allowed: paper, span, tile, adaptive"),
+    "span without its mode": (["--span", "64"], "--mode is paper and --span is 64"),
     "unknown backend": (["--backend", "tpu"], "allowed: cpu"),
     "unknown preset": (["--preset", "best"], "flashprefill-v1"),
     "unknown chat format": (["--chat", "irc"], "llama3"),

@@ -63,7 +63,8 @@ void start_tile(const Call& call, const AttentionUnit& unit, std::int64_t first_
     const std::int64_t token = row / heads;
     const std::int64_t sees = std::int64_t{unit.past_tokens} + unit.causal_shift + token + 1;
     tile.limit[r] = sees < unit.list_tokens ? static_cast<std::int32_t>(sees) : unit.list_tokens;
-    tile.row_max[r] = std::numeric_limits<float>::lowest();
+    // Padding is never nearer to its maximum than a real row: it cannot keep a block from being skipped.
+    tile.row_max[r] = r < rows ? std::numeric_limits<float>::lowest() : std::numeric_limits<float>::max();
     tile.row_sum[r] = 0;
     const float* q = call.input.q.row(unit.q_begin + static_cast<std::int32_t>(token),
                                       unit.q_head + static_cast<std::int32_t>(row % heads));
@@ -137,7 +138,27 @@ void locate_block(const Call& call, const AttentionUnit& unit, std::int32_t firs
   for (std::int32_t key = num_keys; key % kBroadcasts != 0; ++key) scratch.k_rows[key] = scratch.k_rows[num_keys - 1];
 }
 
-void attend_item(const Call& call, const Item& item, const Scratch& scratch) {
+// Sets the pointers of the means of a unit's dropped pages [first, first + num_keys), padded as above.
+void locate_means(const Call& call, const AttentionUnit& unit, std::int32_t first_entry, std::int32_t num_keys,
+                  const Scratch& scratch) {
+  const MeanCorrection& correction = call.input.correction;
+  for (std::int32_t key = 0; key < num_keys; ++key) {
+    const std::int64_t page = correction.dropped_ids[static_cast<std::size_t>(first_entry + key)];
+    const std::int64_t at = (page * call.input.kv.num_kv_heads + unit.kv_head) * call.input.kv.head_dim;
+    scratch.k_rows[key] = correction.mean_k + at;
+    scratch.v_rows[key] = correction.mean_v + at;
+  }
+  for (std::int32_t key = num_keys; key % kBroadcasts != 0; ++key) scratch.k_rows[key] = scratch.k_rows[num_keys - 1];
+}
+
+void step_tile(const Call& call, const Tile& tile, const KeyBlock& block, Scratch& scratch) {
+  const auto step = tile.vectors == 1 ? tile_step<1> : tile.vectors == 2 ? tile_step<2> : tile_step<kVectors>;
+  const bool done = step(tile, call.input.q.head_dim, block, call.log2_lambda, scratch.scores);
+  ++scratch.skip_count.steps;
+  scratch.skip_count.skipped += done ? 0 : 1;
+}
+
+void attend_item(const Call& call, const Item& item, Scratch& scratch) {
   const AttentionUnit& unit = call.input.units[static_cast<std::size_t>(item.unit)];
   const std::int64_t head_dim = call.input.q.head_dim;
   Tile tiles[kMaxTilesPerItem];
@@ -154,13 +175,21 @@ void attend_item(const Call& call, const Item& item, const Scratch& scratch) {
   for (std::int32_t first_key = 0; first_key < end; first_key += kKeyBlock) {
     const std::int32_t num_keys = end - first_key < kKeyBlock ? end - first_key : kKeyBlock;
     locate_block(call, unit, first_key, num_keys, stage, scratch);
+    KeyBlock block{.k_rows = scratch.k_rows, .v_rows = scratch.v_rows, .first_key = first_key};
     for (std::int32_t t = 0; t < num_tiles; ++t) {
-      const Tile& tile = tiles[t];
-      const std::int32_t left = tile.most_limit - first_key;
-      const std::int32_t keys = left < num_keys ? left : num_keys;
-      if (keys <= 0) continue;
-      const auto step = tile.vectors == 1 ? tile_step<1> : tile.vectors == 2 ? tile_step<2> : tile_step<kVectors>;
-      step(tile, head_dim, first_key, keys, scratch.k_rows, scratch.v_rows, scratch.scores);
+      const std::int32_t left = tiles[t].most_limit - first_key;
+      block.num_keys = left < num_keys ? left : num_keys;
+      if (block.num_keys > 0) step_tile(call, tiles[t], block, scratch);
+    }
+  }
+  if (!call.input.correction.dropped.empty()) {
+    const DroppedPages dropped = call.input.correction.dropped[static_cast<std::size_t>(item.unit)];
+    for (std::int32_t first = 0; first < dropped.count; first += kKeyBlock) {
+      KeyBlock block{.k_rows = scratch.k_rows, .v_rows = scratch.v_rows, .bias = call.log2_page_tokens};
+      block.may_hide = false;
+      block.num_keys = dropped.count - first < kKeyBlock ? dropped.count - first : kKeyBlock;
+      locate_means(call, unit, dropped.begin + first, block.num_keys, scratch);
+      for (std::int32_t t = 0; t < num_tiles; ++t) step_tile(call, tiles[t], block, scratch);
     }
   }
   for (std::int32_t t = 0; t < num_tiles; ++t) finish_tile(call, unit, tiles[t]);
@@ -242,6 +271,8 @@ const char* cpu_attention_target() noexcept { return HWY_DYNAMIC_DISPATCH(cpu::t
 Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool) try {
   CA_RETURN_IF_ERROR(validate_attention(input, output));
   cpu::Call call{.input = input, .output = output};
+  call.log2_lambda = std::log2(input.skip_lambda);  // -inf if off: no difference lies below
+  call.log2_page_tokens = std::log2(static_cast<float>(input.kv.page_tokens));
   call.tile_rows = HWY_DYNAMIC_DISPATCH(cpu::max_tile_rows)();
   call.stage = input.kv.dtype != DType::kF32 || input.kv.token_stride != input.kv.head_dim;
   call.tiles_per_item = cpu::kMaxTilesPerItem;
@@ -264,6 +295,13 @@ Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, Th
   pool.parallel_for(static_cast<std::int64_t>(items.size()), [&](std::int64_t item, std::int32_t thread) {
     attend_item(call, items[static_cast<std::size_t>(item)], scratch[static_cast<std::size_t>(thread)]);
   });
+  if (output.skip_count != nullptr) {
+    *output.skip_count = {};
+    for (const cpu::Scratch& one : scratch) {
+      output.skip_count->steps += one.skip_count.steps;
+      output.skip_count->skipped += one.skip_count.skipped;
+    }
+  }
   return {};
 } catch (const std::bad_alloc&) {
   return out_of_memory("attention: no memory for the scratch of the CPU kernel");

@@ -36,6 +36,7 @@ struct Scratch {
   float* staged_v = nullptr;       // [kKeyBlock, D]
   const float** k_rows = nullptr;  // [kKeyBlock]          where each key of the block lies
   const float** v_rows = nullptr;  // [kKeyBlock]
+  SkipCount skip_count;            // of the items that this thread has done
 };
 
 /// A tile's part: Q^T [D, M], O^T [D, M], running maximum [M], running sum [M], visible limit [M] (int32), rescale [M].
@@ -49,7 +50,9 @@ struct Call {
   AttentionOutput output;
   std::int32_t tile_rows = 0;  // M
   std::int32_t tiles_per_item = 0;
-  bool stage = false;  // scratch has room for a block of K and V in fp32
+  float log2_lambda = 0;       // of skip-softmax
+  float log2_page_tokens = 0;  // what a mean of a dropped page counts for
+  bool stage = false;          // scratch has room for a block of K and V in fp32
 };
 
 }  // namespace compact::cpu

@@ -120,19 +120,16 @@ HWY_INLINE void mask_scores(DF d, std::int32_t first_key, std::int32_t num_keys,
   }
 }
 
-// Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be
-// multiplied with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN.
+// Largest score of each row in the block.
 template <int kV>
-HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max,
-                              float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
+HWY_INLINE void largest_scores(DF d, std::int32_t num_keys, const float* HWY_RESTRICT scores, VF* HWY_RESTRICT most) {
   const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
   for (int v = 0; v < kV; ++v) {
-    float* HWY_RESTRICT s = scores + v * lanes;
-    const VF old_max = hn::Load(d, row_max + v * lanes);
-    VF max0 = old_max;
-    VF max1 = old_max;
-    VF max2 = old_max;
-    VF max3 = old_max;
+    const float* HWY_RESTRICT s = scores + v * lanes;
+    VF max0 = hn::Load(d, s);
+    VF max1 = max0;
+    VF max2 = max0;
+    VF max3 = max0;
     std::int32_t key = 0;
     for (; key + 4 <= num_keys; key += 4) {  // four chains: a maximum has four cycles of latency
       max0 = hn::Max(max0, hn::Load(d, s + (key + 0) * kV * lanes));
@@ -141,15 +138,45 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
       max3 = hn::Max(max3, hn::Load(d, s + (key + 3) * kV * lanes));
     }
     for (; key < num_keys; ++key) max0 = hn::Max(max0, hn::Load(d, s + key * kV * lanes));
-    const VF new_max = hn::Max(hn::Max(max0, max1), hn::Max(max2, max3));
+    most[v] = hn::Max(hn::Max(max0, max1), hn::Max(max2, max3));
+  }
+}
 
+// Skip-softmax (docs/design/method.md 6.4): no row's largest score comes within log2(lambda) of its running maximum. A
+// row whose maximum is still the lowest finite value has seen nothing and never agrees; NaN never agrees.
+template <int kV>
+HWY_INLINE bool block_is_negligible(DF d, const VF* HWY_RESTRICT most, const float* HWY_RESTRICT row_max,
+                                    float log2_lambda) {
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  const VF bound = hn::Set(d, log2_lambda);
+  for (int v = 0; v < kV; ++v) {
+    const VF above = hn::Sub(most[v], hn::Load(d, row_max + v * lanes));
+    if (!hn::AllTrue(d, hn::Lt(above, bound))) return false;
+  }
+  return true;
+}
+
+// Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be
+// multiplied with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN. `bias` adds
+// to every score, `most` includes it.
+template <int kV>
+HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, const VF* HWY_RESTRICT most, float bias,
+                              float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max, float* HWY_RESTRICT row_sum,
+                              float* HWY_RESTRICT rescale) {
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  for (int v = 0; v < kV; ++v) {
+    float* HWY_RESTRICT s = scores + v * lanes;
+    const VF old_max = hn::Load(d, row_max + v * lanes);
+    const VF new_max = hn::Max(old_max, most[v]);
+    const VF subtract = hn::Sub(new_max, hn::Set(d, bias));
     VF sum0 = hn::Zero(d);
     VF sum1 = hn::Zero(d);
-    for (key = 0; key + 2 <= num_keys; key += 2) {
+    std::int32_t key = 0;
+    for (; key + 2 <= num_keys; key += 2) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
       float* HWY_RESTRICT b = a + kV * lanes;
-      const VF weight0 = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
-      const VF weight1 = fast_exp2(d, hn::Sub(hn::Load(d, b), new_max));
+      const VF weight0 = fast_exp2(d, hn::Sub(hn::Load(d, a), subtract));
+      const VF weight1 = fast_exp2(d, hn::Sub(hn::Load(d, b), subtract));
       hn::Store(weight0, d, a);
       hn::Store(weight1, d, b);
       sum0 = hn::Add(sum0, weight0);
@@ -157,7 +184,7 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
     }
     if (key < num_keys) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
-      const VF weight = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      const VF weight = fast_exp2(d, hn::Sub(hn::Load(d, a), subtract));
       hn::Store(weight, d, a);
       sum0 = hn::Add(sum0, weight);
     }
@@ -183,20 +210,38 @@ struct Tile {
   std::int64_t first_row = 0;  // packed
 };
 
-// One block of keys for one tile; k_rows is padded to a multiple of kBroadcasts with valid pointers.
+// A block of keys with its values: list coordinates [first_key, first_key + num_keys), or means of dropped pages, which
+// every row sees.
+struct KeyBlock {
+  const float* const* k_rows = nullptr;  // [num_keys, padded to a multiple of kBroadcasts with valid pointers]
+  const float* const* v_rows = nullptr;  // [num_keys]
+  std::int32_t num_keys = 0;
+  std::int32_t first_key = 0;
+  float bias = 0;        // added to every score, in units of log2
+  bool may_hide = true;  // rows have limits
+};
+
+// Returns false if the block was skipped.
 template <int kV>
-HWY_NOINLINE void tile_step(const Tile& tile, std::int64_t head_dim, std::int32_t first_key, std::int32_t num_keys,
-                            const float* const* k_rows, const float* const* v_rows, float* scores) {
+HWY_NOINLINE bool tile_step(const Tile& tile, std::int64_t head_dim, const KeyBlock& block, float log2_lambda,
+                            float* scores) {
   const DF d;
   const std::int64_t m = kV * static_cast<std::int64_t>(hn::Lanes(d));
-  for (std::int32_t key = 0; key < num_keys; key += kBroadcasts) {
-    scores_of_keys<kV>(d, tile.qt, k_rows + key, head_dim, scores + key * m);
+  for (std::int32_t key = 0; key < block.num_keys; key += kBroadcasts) {
+    scores_of_keys<kV>(d, tile.qt, block.k_rows + key, head_dim, scores + key * m);
   }
-  if (first_key + num_keys > tile.least_limit) mask_scores<kV>(d, first_key, num_keys, tile.limit, scores);
-  soften_scores<kV>(d, num_keys, scores, tile.row_max, tile.row_sum, tile.rescale);
+  if (block.may_hide && block.first_key + block.num_keys > tile.least_limit) {
+    mask_scores<kV>(d, block.first_key, block.num_keys, tile.limit, scores);
+  }
+  VF most[kV];
+  largest_scores<kV>(d, block.num_keys, scores, most);
+  for (int v = 0; v < kV; ++v) most[v] = hn::Add(most[v], hn::Set(d, block.bias));
+  if (block_is_negligible<kV>(d, most, tile.row_max, log2_lambda)) return false;
+  soften_scores<kV>(d, block.num_keys, most, block.bias, scores, tile.row_max, tile.row_sum, tile.rescale);
   for (std::int64_t d0 = 0; d0 < head_dim; d0 += kBroadcasts) {
-    mix_values<kV>(d, scores, v_rows, num_keys, d0, tile.rescale, tile.ot + d0 * m);
+    mix_values<kV>(d, scores, block.v_rows, block.num_keys, d0, tile.rescale, tile.ot + d0 * m);
   }
+  return true;
 }
 
 }  // namespace HWY_NAMESPACE
