@@ -145,14 +145,15 @@ __global__ void check_lists_kernel(CheckArgs args) {
                       unit.list_tokens >= 0 && unit.past_tokens >= 0 && unit.past_tokens <= unit.list_tokens &&
                       unit.causal_shift >= 0;
     if (!good) {
-      if (threadIdx.x == 0) atomicCAS(args.error, 0, static_cast<int>(DeviceError::kBadUnit));
+      if (threadIdx.x == 0) atomicCAS(args.error, 0, static_cast<int>(CudaAttentionError::kBadUnit));
       continue;
     }
     const std::int32_t entries = ceil_div(unit.list_tokens, args.page_tokens);
     for (std::int32_t e = static_cast<std::int32_t>(threadIdx.x); e < entries;
          e += static_cast<std::int32_t>(blockDim.x)) {
       const std::int32_t page = args.page_ids[std::int64_t{unit.list_begin} + e];
-      if (page < 0 || page >= args.num_pages) atomicCAS(args.error, 0, static_cast<int>(DeviceError::kBadPageId));
+      if (page < 0 || page >= args.num_pages)
+        atomicCAS(args.error, 0, static_cast<int>(CudaAttentionError::kBadPageId));
     }
   }
 }

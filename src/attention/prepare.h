@@ -9,6 +9,7 @@
 // Every call is made by all threads and ends with a barrier.
 #pragma once
 
+#include "compact/attention_cuda.h"
 #include "src/attention/schedule.h"
 
 namespace compact {
@@ -34,16 +35,6 @@ struct SlotItem {
 };
 static_assert(sizeof(SlotItem) == 32);
 
-// First error wins; the caller's word is not reset by us.
-enum class DeviceError : std::int32_t {
-  kNone = 0,
-  kTooManyUnits = 1,   // *num_units outside [0, max_units]
-  kTooManyMTiles = 2,  // units share rows or reach past the query tokens
-  kTooManySlots = 3,   // a list longer than max_list_tokens under a fixed split
-  kBadUnit = 4,        // check_lists: a field of a unit outside its range
-  kBadPageId = 5,      // check_lists: a page id outside the cache
-};
-
 struct PrepareArgs {
   Schedule schedule;
   const AttentionUnit* units = nullptr;     // [max_units]
@@ -57,7 +48,7 @@ struct PrepareArgs {
   std::int32_t* m_begin = nullptr;     // scratch [max_units + 1]    first M-tile of each unit
   std::int32_t* step_begin = nullptr;  // scratch [max_units + 1]    first enumeration step of each unit
   std::int32_t* slot_begin = nullptr;  // scratch [max_m_tiles + 1]  first slot of each M-tile
-  std::int32_t* error = nullptr;       // or null
+  std::int32_t* error = nullptr;       // or null; the first error wins
 };
 
 // The unit that owns index i, given the first index of each; units without any index are skipped.
@@ -75,7 +66,7 @@ CA_HOST_DEVICE inline std::int32_t find_owner(const std::int32_t* begin, std::in
 }
 
 template <class Block>
-CA_HOST_DEVICE void give_up(Block& block, const PrepareArgs& args, DeviceError error) {
+CA_HOST_DEVICE void give_up(Block& block, const PrepareArgs& args, CudaAttentionError error) {
   if (block.index() != 0) return;
   *args.header = WorkHeader{};
   block.report(args.error, static_cast<std::int32_t>(error));
@@ -85,11 +76,11 @@ template <class Block>
 CA_HOST_DEVICE void prepare_work(Block& block, const PrepareArgs& args) {
   const Schedule& s = args.schedule;
   const std::int32_t num_units = args.num_units == nullptr ? args.max_units : *args.num_units;
-  if (num_units < 0 || num_units > args.max_units) return give_up(block, args, DeviceError::kTooManyUnits);
+  if (num_units < 0 || num_units > args.max_units) return give_up(block, args, CudaAttentionError::kTooManyUnits);
 
   block.for_each(num_units, [&](std::int32_t u) { args.m_begin[u] = num_m_tiles(s, args.units[u]); });
   const std::int64_t num_m = block.scan(args.m_begin, num_units);
-  if (num_m > args.max_m_tiles) return give_up(block, args, DeviceError::kTooManyMTiles);
+  if (num_m > args.max_m_tiles) return give_up(block, args, CudaAttentionError::kTooManyMTiles);
   const auto total_m = static_cast<std::int32_t>(num_m);
 
   // M-tile f of the batch: units in order, M-tiles of a unit descending.
@@ -109,7 +100,7 @@ CA_HOST_DEVICE void prepare_work(Block& block, const PrepareArgs& args) {
     args.slot_begin[f] = pieces > 1 ? pieces : 0;
   });
   const std::int64_t num_slots = block.scan(args.slot_begin, total_m);
-  if (num_slots > args.max_slots) return give_up(block, args, DeviceError::kTooManySlots);
+  if (num_slots > args.max_slots) return give_up(block, args, CudaAttentionError::kTooManySlots);
 
   // Steps enumerate (unit, piece, M-tile descending): tiles of a head stay side by side within a class and read the
   // same pages at the same time. The last M-tile has the most pieces; steps of pieces that the others lack are holes.
