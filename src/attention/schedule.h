@@ -84,7 +84,9 @@ CA_HOST_DEVICE inline WorkItem whole_m_tile(const Schedule& s, const AttentionUn
 CA_HOST_DEVICE constexpr std::int32_t cap_tiles(std::int64_t total_tiles, std::int32_t num_workers) {
   const std::int64_t divisor = std::int64_t{20} * num_workers;
   const std::int64_t cap = (11 * total_tiles + divisor - 1) / divisor;
-  return cap > kMinCapTiles ? static_cast<std::int32_t>(cap) : kMinCapTiles;
+  constexpr std::int64_t kMaxCap = 0x7fffffff;  // no list is that long
+  if (cap <= kMinCapTiles) return kMinCapTiles;
+  return static_cast<std::int32_t>(cap < kMaxCap ? cap : kMaxCap);
 }
 
 // Pieces of an M-tile of n KV tiles; grows with n. A tile up to 1.25 caps long stays whole: two halves would pay the

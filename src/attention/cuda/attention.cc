@@ -8,6 +8,7 @@
 #include "compact/attention_cuda.h"
 #include "src/attention/cuda/plan.h"
 #include "src/attention/sm80/launch.h"
+#include "src/attention/sm90/launch.h"
 
 namespace compact {
 namespace {
@@ -129,27 +130,40 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
   CudaPlan plan;
   plan.num_sms = device.num_sms;
   plan.pdl = device.capability >= 90;
+  const bool hopper = device.capability / 10 == 9;
   switch (options.backend) {
-    case CudaBackend::kAuto:
+    case CudaBackend::kAuto: plan.backend = hopper ? CudaBackend::kSm90 : CudaBackend::kSm80; break;
     case CudaBackend::kSm80: plan.backend = CudaBackend::kSm80; break;
-    case CudaBackend::kSm90: return missing("backend sm90 is not in this build");
+    case CudaBackend::kSm90:
+      if (!hopper) {
+        return missing("backend sm90 on compute capability {}.{}; 9.0", device.capability / 10, device.capability % 10);
+      }
+      plan.backend = CudaBackend::kSm90;
+      break;
     default: return wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(options.backend));
   }
 
-  const Sm80Tile tile = sm80_tile(input.kv.head_dim);
-  std::int32_t ctas_per_sm = 0;
-  CA_RETURN_IF_ERROR(
-      cuda_status(sm80_ctas_per_sm(input.kv.dtype, input.kv.head_dim, &ctas_per_sm), "occupancy of the sm80 kernel"));
-  if (ctas_per_sm < 1) {
-    return missing("the device has too little shared memory for head dimension {}", input.kv.head_dim);
-  }
-  plan.schedule = {.tile_rows = tile.rows,
-                   .tile_tokens = tile.tokens,
-                   .heads_per_unit = input.heads_per_unit,
+  plan.schedule = {.heads_per_unit = input.heads_per_unit,
                    .heads_per_tile = heads_per_tile(input.heads_per_unit),
-                   .page_tokens = input.kv.page_tokens,
-                   .num_workers = ctas_per_sm * device.num_sms,
-                   .fixed_split_tiles = options.fixed_split_tokens / tile.tokens};
+                   .page_tokens = input.kv.page_tokens};
+  if (plan.backend == CudaBackend::kSm90) {
+    const Sm90Tile tile = sm90_tile(input.kv.head_dim);
+    plan.schedule.tile_rows = tile.rows;
+    plan.schedule.tile_tokens = tile.tokens;
+    plan.schedule.num_workers = device.num_sms;
+  } else {
+    const Sm80Tile tile = sm80_tile(input.kv.head_dim);
+    std::int32_t ctas_per_sm = 0;
+    CA_RETURN_IF_ERROR(
+        cuda_status(sm80_ctas_per_sm(input.kv.dtype, input.kv.head_dim, &ctas_per_sm), "occupancy of the sm80 kernel"));
+    if (ctas_per_sm < 1) {
+      return missing("the device has too little shared memory for head dimension {}", input.kv.head_dim);
+    }
+    plan.schedule.tile_rows = tile.rows;
+    plan.schedule.tile_tokens = tile.tokens;
+    plan.schedule.num_workers = ctas_per_sm * device.num_sms;
+  }
+  plan.schedule.fixed_split_tiles = options.fixed_split_tokens / plan.schedule.tile_tokens;
 
   const std::int64_t m_tiles = max_m_tiles(plan.schedule, input.max_units, input.num_q_tokens, input.num_q_heads);
   const std::int64_t slots = options.fixed_split_tokens == 0
@@ -158,12 +172,12 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
                                         ? 0
                                         : m_tiles * ceil_div(options.max_list_tokens, options.fixed_split_tokens));
   if (m_tiles + slots > std::numeric_limits<std::int32_t>::max() / 4) {
-    return wrong("{} tiles of {} query rows in {} units with {} pieces are too many for one call", m_tiles, tile.rows,
-                 input.max_units, slots);
+    return wrong("{} tiles of {} query rows in {} units with {} pieces are too many for one call", m_tiles,
+                 plan.schedule.tile_rows, input.max_units, slots);
   }
   plan.max_m_tiles = static_cast<std::int32_t>(m_tiles);
   plan.max_slots = static_cast<std::int32_t>(slots);
-  plan.workspace = plan_workspace(input.max_units, m_tiles, slots, tile.rows, input.kv.head_dim);
+  plan.workspace = plan_workspace(input.max_units, m_tiles, slots, plan.schedule.tile_rows, input.kv.head_dim);
   return plan;
 }
 
@@ -238,6 +252,7 @@ Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain) {
 }
 
 Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain) {
+  if (plan.backend == CudaBackend::kSm90) return sm90_launch_prefill(chain.main);
   return cuda_status(sm80_launch_prefill(chain.main, plan.pdl), "launch of the sm80 kernel");
 }
 

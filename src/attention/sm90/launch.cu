@@ -30,7 +30,7 @@ Status check(const Sm90Params& p) {
   if (p.num_kv_heads < 1) return invalid_argument(seen("num_kv_heads", p.num_kv_heads, "1 or more"));
   if (p.num_q_tokens < 1) return invalid_argument(seen("num_q_tokens", p.num_q_tokens, "1 or more"));
   if (p.num_q_heads < 1) return invalid_argument(seen("num_q_heads", p.num_q_heads, "1 or more"));
-  if (p.num_sms < 1) return invalid_argument(seen("num_sms", p.num_sms, "1 or more"));
+  if (p.num_workers < 1) return invalid_argument(seen("num_workers", p.num_workers, "1 or more"));
   if (p.o_token_stride % 8 != 0) return invalid_argument(seen("o_token_stride", p.o_token_stride, "multiples of 8"));
   if (p.o_head_stride % 8 != 0) return invalid_argument(seen("o_head_stride", p.o_head_stride, "multiples of 8"));
   if (reinterpret_cast<std::uintptr_t>(p.o) % 16 != 0) {
@@ -92,7 +92,7 @@ Status sm90_launch_prefill(const Sm90Params& params) {
   Result<Sm90Arguments> arguments = sm90_make_arguments(params, tile);
   if (!arguments.ok()) return arguments.status();
   const auto run = params.head_dim == 64 ? sm90_run_d64 : params.head_dim == 128 ? sm90_run_d128 : sm90_run_d256;
-  const cudaError_t error = run(params.dtype, *arguments, params.num_sms, static_cast<cudaStream_t>(params.stream));
+  const cudaError_t error = run(params.dtype, *arguments, params.num_workers, static_cast<cudaStream_t>(params.stream));
   if (error != cudaSuccess) {
     return internal_error(std::string("sm90 prefill: launch failed: ") + cudaGetErrorString(error));
   }
