@@ -4,7 +4,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ORDER = ["core", "kv", "select", "unite", "attention"]
+ORDER = ["ptx", "core", "kv", "select", "unite", "attention"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 
 
