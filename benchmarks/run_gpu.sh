@@ -10,7 +10,7 @@ quick=${4:-}
 here=$(cd "$(dirname "$0")" && pwd)
 test=$build/tests/gpu/attention_gpu_test
 bench=$build/benchmarks/attention_gpu_bench
-test_seconds=20
+test_seconds=25
 mkdir -p "$out/tests"
 chmod +x "$test" "$bench" 2>/dev/null
 
