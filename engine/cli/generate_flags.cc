@@ -11,6 +11,11 @@ void GenerateFlags::add_selector_to(CLI::App& command) {
 }
 
 void GenerateFlags::add_to(CLI::App& command) {
+  add_prefill_to(command);
+  add_sampling_to(command);
+}
+
+void GenerateFlags::add_prefill_to(CLI::App& command) {
   command
       .add_option("--preset", preset,
                   "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
@@ -39,6 +44,11 @@ void GenerateFlags::add_to(CLI::App& command) {
       .add_option("--heads-per-unit", options.sparsity.heads_per_unit,
                   "Query heads that share a page list; divides the query heads per KV head; 0: default")
       ->capture_default_str();
+  command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
+  command.add_option("--threads", threads, "CPU threads; 0: all this process may use")->capture_default_str();
+}
+
+void GenerateFlags::add_sampling_to(CLI::App& command) {
   command.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")->capture_default_str();
   command.add_option("--temperature", options.sampling.temperature, "0: greedy")->capture_default_str();
   command.add_option("--top-p", options.sampling.top_p, "Sample from the smallest set of this probability")
@@ -46,8 +56,6 @@ void GenerateFlags::add_to(CLI::App& command) {
   command.add_option("--top-k", options.sampling.top_k, "Sample from this many tokens at most; 0: all")
       ->capture_default_str();
   command.add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
-  command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
-  command.add_option("--threads", threads, "CPU threads; 0: all this process may use")->capture_default_str();
 }
 
 Result<GenerateOptions> GenerateFlags::resolve() const {

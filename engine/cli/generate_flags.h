@@ -24,6 +24,10 @@ struct GenerateFlags {
 
   /// Adds every flag but --selector to a subcommand.
   void add_to(CLI::App& command);
+  /// Of these, what decides how a prompt is prefilled, and
+  void add_prefill_to(CLI::App& command);
+  /// how its answer is sampled.
+  void add_sampling_to(CLI::App& command);
   void add_selector_to(CLI::App& command);
 
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what

@@ -78,7 +78,7 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
   for (std::size_t begin = 0; begin < prompt.size();) {
     const std::size_t chunk = std::min(prompt.size() - begin, static_cast<std::size_t>(options.chunk_tokens));
     const bool is_last = begin + chunk == prompt.size();
-    CA_RETURN_IF_ERROR(model.forward(prompt.subspan(begin, chunk), request, /*dense=*/false,
+    CA_RETURN_IF_ERROR(model.forward(prompt.subspan(begin, chunk), request, is_last && options.final_chunk_dense,
                                      is_last ? LogitsOf::kLastToken : LogitsOf::kNone, cache, attention, pool, logits));
     begin += chunk;
     ++result.prefill_chunks;
@@ -96,6 +96,7 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
     }
     result.tokens.push_back(token);
     if (callbacks.on_token) callbacks.on_token(token);
+    if (callbacks.stop && callbacks.stop()) break;
     const bool out_of_room = position >= config.max_position_embeddings ||
                              pages_for(position + 1, options.page_tokens) > cache_options.num_pages;
     if (std::ssize(result.tokens) >= options.max_tokens || out_of_room) break;

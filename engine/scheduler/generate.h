@@ -21,7 +21,8 @@ struct GenerateOptions {
   std::int32_t page_tokens = 128;    // P
   std::int32_t kv_pages = 0;         // pages of the cache; 0: as many as this request can need
   DType kv_dtype = DType::kF32;
-  SparsityOptions sparsity;  // prefill; decode steps read every page
+  SparsityOptions sparsity;        // prefill; decode steps read every page
+  bool final_chunk_dense = false;  // the prompt's last chunk reads every page
   SamplingOptions sampling;
   std::vector<std::int32_t> end_tokens;  // each ends the answer
 };
@@ -31,6 +32,8 @@ struct GenerateCallbacks {
   std::function<void(std::int32_t done, std::int32_t total)> on_prefill;
   /// After every sampled token that is not an end token.
   std::function<void(std::int32_t token)> on_token;
+  /// Asked after on_token: true ends the answer there, e.g. when it holds all that was looked for.
+  std::function<bool()> stop;
 };
 
 struct GenerateResult {
