@@ -42,7 +42,8 @@ struct CudaAttentionOutput {
   std::int64_t o_token_stride = 0;
   std::int64_t o_head_stride = 0;
   float* lse = nullptr;  // [T, Hq] or null; natural log; -inf for a row that sees nothing (o = 0)
-  /// [1] on the device or null; never reset. The first failure that only the device can see: a CudaAttentionError.
+  /// [1] on the device or null; never reset. The first failure that only the device can see: a CudaAttentionError. Work
+  /// under check_lists begins only while it is 0.
   std::int32_t* error = nullptr;
 };
 
@@ -52,17 +53,17 @@ struct CudaAttentionOptions {
   /// so that the bits of a request do not depend on the others. A multiple of 128; needs max_list_tokens.
   std::int32_t fixed_split_tokens = 0;
   std::int32_t max_list_tokens = 0;  // longest list; used with fixed_split_tokens only
-  /// Checks every unit and every page id on the device first and reports in `error`. Without it a page id outside the
-  /// cache reads as a page of zeros and a bad unit is undefined behaviour.
+  /// Checks every unit and every page id on the device first and reports in `error`; after a mistake nothing is
+  /// computed. Without it a page id outside the cache reads as a page of zeros and a bad unit is undefined behaviour.
   bool check_lists = false;
 };
 
-/// What may stand in CudaAttentionOutput::error. With any of them the output is undefined.
+/// What may stand in CudaAttentionOutput::error. With any of them nothing was computed.
 enum class CudaAttentionError : std::int32_t {
   kNone = 0,
-  kTooManyUnits = 1,   ///< *num_units outside [0, max_units]; nothing was computed
-  kTooManyMTiles = 2,  ///< units overlap or reach past T; nothing was computed
-  kTooManySlots = 3,   ///< a list longer than max_list_tokens under fixed_split_tokens; nothing was computed
+  kTooManyUnits = 1,   ///< *num_units outside [0, max_units]
+  kTooManyMTiles = 2,  ///< units overlap or reach past T
+  kTooManySlots = 3,   ///< a list longer than max_list_tokens under fixed_split_tokens
   kBadUnit = 4,        ///< check_lists: a field of a unit out of range
   kBadPageId = 5,      ///< check_lists: a page id outside [0, kv.num_pages)
 };

@@ -1,8 +1,11 @@
-// Writing output fragments (layout: softmax.cuh) to global memory straight from registers.
+// The end of an item: output fragments (layout: softmax.cuh) go to global memory straight from registers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+#include "src/attention/cuda/prefill_params.h"
+#include "src/attention/softmax.cuh"
 #include "src/ptx/convert.cuh"
 
 namespace compact {
@@ -60,6 +63,47 @@ __device__ __forceinline__ void store_partial_rows(const float (&o)[kCount], flo
           make_float2(o[4 * j + 2 * row], o[4 * j + 2 * row + 1]);
     }
   }
+}
+
+// 1 / sum of a row; 0 for a row that saw nothing. A NaN stays visible.
+__device__ __forceinline__ float normaliser(float row_sum) { return row_sum == 0.0f ? 0.0f : 1.0f / row_sum; }
+
+// Natural LSE. A row that saw nothing: its maximum and log2(0) are -inf, and so is their sum.
+__device__ __forceinline__ float natural_lse(float max_log2, float row_sum) {
+  constexpr float kLn2 = 0.693147180559945309f;
+  return (max_log2 + log2f(row_sum)) * kLn2;
+}
+
+// Writes the thread's rows first_row and first_row + 8 of an item's tile of kTileRows rows: final rows, or the item's
+// partial slot with its padding rows. row_sum: the thread's share.
+template <ptx::MmaType kType, int kTileRows, int kCount>
+__device__ __forceinline__ void store_item_rows(const PrefillOutput& output, const WorkItem& item,
+                                                const float (&o)[kCount], const float (&row_max)[2],
+                                                const float (&row_sum)[2], float scale_log2, int first_row, int lane) {
+  constexpr int kHeadDim = 2 * kCount;
+  const float sum[2] = {quad_sum(row_sum[0]), quad_sum(row_sum[1])};
+  if (item.partial_slot >= 0) {
+    const std::int64_t slot_row = std::int64_t{item.partial_slot} * kTileRows + first_row;
+    store_partial_rows(o, {output.partial_o + slot_row * kHeadDim, output.partial_o + (slot_row + 8) * kHeadDim}, lane);
+    if (lane % 4 == 0) {
+      for (int h = 0; h < 2; ++h) {
+        reinterpret_cast<float2*>(output.partial_m_l)[slot_row + 8 * h] = make_float2(row_max[h] * scale_log2, sum[h]);
+      }
+    }
+    return;
+  }
+  std::uint16_t* rows[2];
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + 8 * h, token_in_tile = row >> output.heads_per_tile_log2;
+    const int head = item.q_head + (row & ((1 << output.heads_per_tile_log2) - 1));
+    const bool exists = token_in_tile < item.q_rows_valid;
+    const std::int64_t token = item.q_row + token_in_tile;
+    rows[h] = exists ? output.o + token * output.o_token_stride + head * output.o_head_stride : nullptr;
+    if (output.lse != nullptr && exists && lane % 4 == 0) {
+      output.lse[token * output.num_q_heads + head] = natural_lse(row_max[h] * scale_log2, sum[h]);
+    }
+  }
+  store_output_rows<kType>(o, {normaliser(sum[0]), normaliser(sum[1])}, rows, lane);
 }
 
 }  // namespace compact

@@ -1,7 +1,8 @@
 // Device side of the plan: one CTA. A batch of 1-2 thousand units takes a few microseconds, which the main kernel's
 // launch hides in part; the next kernel of the stream may become resident as soon as this one runs.
 #include "src/attention/cuda/launch.h"
-#include "src/attention/cuda/pdl.cuh"
+#include "src/attention/cuda/launch_kernel.h"
+#include "src/ptx/control.cuh"
 
 namespace compact {
 namespace {
@@ -122,8 +123,8 @@ class CtaBlock {
 
 __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(PrepareArgs args) {
   __shared__ PrepareShared shared;
-  pdl_wait();
-  pdl_launch_dependents();
+  ptx::griddep_wait();
+  ptx::griddep_launch_dependents();
   if (args.max_units <= kUnitsInShared) {
     args.m_begin = shared.m_begin;
     args.step_begin = shared.step_begin;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(PrepareArgs args) 
 }
 
 __global__ void check_lists_kernel(CheckArgs args) {
-  pdl_wait();
+  ptx::griddep_wait();
   const std::int32_t num_units = args.num_units == nullptr ? args.max_units : min(*args.num_units, args.max_units);
   const std::int32_t group = args.num_q_heads / args.num_kv_heads;
   for (std::int32_t u = static_cast<std::int32_t>(blockIdx.x); u < num_units;

@@ -1,6 +1,6 @@
 // The plan of one attention call: from units to a sorted work list, the list of partial slots, and the counters that
 // the main kernel draws from. One algorithm for the device and for the tests; `Block` supplies the parallel parts:
-//   index, size          this thread's place, for single writes
+//   index                this thread's place, for single writes
 //   for_each(n, f)       f(i) for 0 <= i < n, then a barrier
 //   sum(n, f)            sum of f(i), 64 bits
 //   scan(a, n)           a[i] = sum of a[0..i), returns the total
@@ -49,6 +49,7 @@ struct PrepareArgs {
   std::int32_t* step_begin = nullptr;  // scratch [max_units + 1]    first enumeration step of each unit
   std::int32_t* slot_begin = nullptr;  // scratch [max_m_tiles + 1]  first slot of each M-tile
   std::int32_t* error = nullptr;       // or null; the first error wins
+  bool checked = false;                // the lists were checked before: no work if *error says that they are wrong
 };
 
 // The unit that owns index i, given the first index of each; units without any index are skipped.
@@ -68,13 +69,14 @@ CA_HOST_DEVICE inline std::int32_t find_owner(const std::int32_t* begin, std::in
 template <class Block>
 CA_HOST_DEVICE void give_up(Block& block, const PrepareArgs& args, CudaAttentionError error) {
   if (block.index() != 0) return;
-  *args.header = WorkHeader{};
+  *args.header = WorkHeader{};  // no items, no slots: nothing is computed
   block.report(args.error, static_cast<std::int32_t>(error));
 }
 
 template <class Block>
 CA_HOST_DEVICE void prepare_work(Block& block, const PrepareArgs& args) {
   const Schedule& s = args.schedule;
+  if (args.checked && *args.error != 0) return give_up(block, args, CudaAttentionError::kNone);
   const std::int32_t num_units = args.num_units == nullptr ? args.max_units : *args.num_units;
   if (num_units < 0 || num_units > args.max_units) return give_up(block, args, CudaAttentionError::kTooManyUnits);
 

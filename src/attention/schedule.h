@@ -6,12 +6,7 @@
 
 #include "compact/attention_unit.h"
 #include "src/attention/work_item.h"
-
-#if defined(__CUDACC__)
-#define CA_HOST_DEVICE __host__ __device__
-#else
-#define CA_HOST_DEVICE
-#endif
+#include "src/core/host_device.h"
 
 namespace compact {
 
@@ -21,7 +16,6 @@ struct Schedule {
   std::int32_t tile_tokens = 0;  // BN  list tokens of a KV tile
   std::int32_t heads_per_unit = 0;
   std::int32_t heads_per_tile = 0;     // hpt
-  std::int32_t page_tokens = 0;        // P
   std::int32_t num_workers = 0;        // CTAs of the main kernel that run at once
   std::int32_t fixed_split_tiles = 0;  // 0: cut by load; n: pieces [0, n), [n, 2n), ... whatever the load
 };
@@ -67,7 +61,6 @@ CA_HOST_DEVICE inline WorkItem whole_m_tile(const Schedule& s, const AttentionUn
   item.q_head = unit.q_head + m_tile % head_slots(s) * s.heads_per_tile;
   item.kv_head = unit.kv_head;
   item.list_begin = unit.list_begin;
-  item.list_pages = ceil_div(list_tokens, s.page_tokens);
   item.list_tokens = list_tokens;
   item.visible_base = static_cast<std::int32_t>(base < kMaxBase ? base : kMaxBase);
   item.tile_begin = 0;

@@ -1,4 +1,4 @@
-// Control instructions of sm_90: register budgets, named barriers, proxy fences, dependent launch, fast exp2.
+// Control instructions: register budgets, named barriers and proxy fences of sm_90, dependent launch, fast exp2.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,18 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Programmatic dependent launch: wait for the kernels before, let the kernel after start.
-__device__ __forceinline__ void griddep_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Programmatic dependent launch: wait for the kernels before, let the kernel after start. Rule for every kernel of a
+// chain: wait before the first read of produced data and before the first global write. Then a successor that started
+// early can never overwrite a list or a workspace still in use. Below sm_90 nothing starts early.
+__device__ __forceinline__ void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void griddep_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // 2^x, relative error below 2^-22, subnormal results flushed to 0; exp2(-inf) = 0.

@@ -2,15 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#ifdef COMPACT_PTX_WAIT_LIMIT_CYCLES
+#ifdef COMPACT_PTX_SPIN_LIMIT
 #include <cstdio>
 #endif
 
-namespace compact::ptx {
+#include "src/ptx/shared_address.cuh"
 
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace compact::ptx {
 
 __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -44,15 +42,23 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* barrier, std::u
   return done != 0;
 }
 
+#ifdef COMPACT_PTX_SPIN_LIMIT
+static __device__ volatile int spin_limit_reached;  // once a wait is given up, no other begins: the kernel ends soon
+#endif
+
 // Waits until the phase of this parity is complete. A fresh barrier has "completed" parity 1.
+// COMPACT_PTX_SPIN_LIMIT (clock cycles) is for finding out why a kernel hangs: a wait that takes longer says who waits
+// for which barrier, and goes on with wrong data.
 __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-#ifdef COMPACT_PTX_WAIT_LIMIT_CYCLES  // debugging a hang: say who waits for what, then go on with wrong data
+#ifdef COMPACT_PTX_SPIN_LIMIT
   const long long begin = clock64();
   while (!mbarrier_try_wait(barrier, parity)) {
-    if (clock64() - begin < COMPACT_PTX_WAIT_LIMIT_CYCLES) continue;
+    if (spin_limit_reached != 0 && clock64() - begin < (COMPACT_PTX_SPIN_LIMIT) / 2) return;
+    if (clock64() - begin < COMPACT_PTX_SPIN_LIMIT) continue;
+    spin_limit_reached = 1;
     if (threadIdx.x % 32 == 0) {
-      printf("mbarrier wait given up: block %d warp %d shared address %u parity %u\n", blockIdx.x, threadIdx.x / 32,
-             shared_address(barrier), parity);
+      printf("wait given up: block %d warp %d barrier at %u parity %u\n", static_cast<int>(blockIdx.x),
+             static_cast<int>(threadIdx.x) / 32, shared_address(barrier), parity);
     }
     return;
   }

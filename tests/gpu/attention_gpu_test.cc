@@ -30,30 +30,57 @@ using testing::to_bits;
 constexpr DType kBF16 = DType::kBF16;
 constexpr DType kF16 = DType::kF16;
 
-// One call on a fresh workspace, outputs and workspace filled with NaN before it.
-Output attend(const DeviceProblem& problem, const CudaAttentionOptions& options) {
-  const CudaAttentionInput& input = problem.input;
-  const std::int64_t rows = std::int64_t{input.num_q_tokens} * input.num_q_heads;
-  const std::int32_t d = input.kv.head_dim;
-  DeviceBuffer o(rows * d * 2), lse(rows * 4), error(std::vector<std::int32_t>{0});
+// Where the results of one call go, filled with NaN before it.
+class Results {
+ public:
+  explicit Results(const CudaAttentionInput& input)
+      : rows_(std::int64_t{input.num_q_tokens} * input.num_q_heads),
+        head_dim_(input.kv.head_dim),
+        o_(rows_ * head_dim_ * 2),
+        lse_(rows_ * 4),
+        error_(std::vector<std::int32_t>{0}),
+        output_{.o = o_.data(),
+                .o_token_stride = std::int64_t{input.num_q_heads} * head_dim_,
+                .o_head_stride = head_dim_,
+                .lse = lse_.as<float>(),
+                .error = error_.as<std::int32_t>()} {}
+  const CudaAttentionOutput& output() const { return output_; }
+  void clear() {
+    o_.clear();
+    lse_.clear();
+  }
+  Output download() const {
+    EXPECT_TRUE(o_.guards_intact()) << "wrote outside o";
+    EXPECT_TRUE(lse_.guards_intact()) << "wrote outside lse";
+    EXPECT_TRUE(error_.guards_intact()) << "wrote outside error";
+    return {o_.download<std::uint16_t>(static_cast<std::size_t>(rows_ * head_dim_)),
+            lse_.download<float>(static_cast<std::size_t>(rows_)), error_.download<std::int32_t>(1)[0]};
+  }
+
+ private:
+  std::int64_t rows_;
+  std::int64_t head_dim_;
+  DeviceBuffer o_, lse_, error_;
+  CudaAttentionOutput output_;
+};
+
+std::int64_t workspace_bytes(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
   const Result<std::int64_t> bytes = attend_cuda_workspace_bytes(input, options);
   EXPECT_TRUE(bytes.ok()) << bytes.status().message();
-  if (!bytes.ok()) return {};
-  DeviceBuffer workspace(*bytes);
-  const CudaAttentionOutput output{.o = o.data(),
-                                   .o_token_stride = std::int64_t{input.num_q_heads} * d,
-                                   .o_head_stride = d,
-                                   .lse = lse.as<float>(),
-                                   .error = error.as<std::int32_t>()};
-  const Status status = attend_cuda(input, output, options, workspace.data(), workspace.bytes(), nullptr);
+  return bytes.ok() ? *bytes : 0;
+}
+
+// One call on a fresh workspace.
+Output attend(const DeviceProblem& problem, const CudaAttentionOptions& options) {
+  const Results results(problem.input);
+  const DeviceBuffer workspace(workspace_bytes(problem.input, options));
+  const Status status =
+      attend_cuda(problem.input, results.output(), options, workspace.data(), workspace.bytes(), nullptr);
   EXPECT_TRUE(status.ok()) << status.message();
   check_cuda(cudaDeviceSynchronize(), "attend_cuda");
-  EXPECT_TRUE(o.guards_intact()) << "wrote outside o";
-  EXPECT_TRUE(lse.guards_intact()) << "wrote outside lse";
   EXPECT_TRUE(workspace.guards_intact()) << "wrote outside the workspace";
   EXPECT_TRUE(problem.guards_intact()) << "wrote outside an input";
-  return {o.download<std::uint16_t>(static_cast<std::size_t>(rows * d)),
-          lse.download<float>(static_cast<std::size_t>(rows)), error.download<std::int32_t>(1)[0]};
+  return results.download();
 }
 
 struct Exact {
@@ -77,45 +104,63 @@ std::string coordinate(const CudaAttentionInput& input, std::size_t i) {
   return fmt::format("token {} head {} dim {}", i / d / heads, i / d % heads, i % d);
 }
 
-// Largest error at most twice that of fp32 with rounded weights, plus a rounding floor; relative Frobenius norm;
-// unwritten rows stay unwritten, -inf stands at the same places.
-void expect_close(const DeviceProblem& problem, const Output& got, double factor = 2.0) {
-  if (got.o.empty()) return;
+// What rounding allows: twice the error of fp32 with weights rounded to 16 bits, plus a rounding floor; relative
+// Frobenius norm; LSE, absolute up to 16 and relative above.
+struct Tolerance {
+  double element = 0;
+  double relative = 0;
+  double lse = 1e-4;
+
+  Tolerance times(double factor) const { return {factor * element, factor * relative, factor * lse}; }
+};
+
+Tolerance tolerance(const DeviceProblem& problem) {
   const DType dtype = problem.input.kv.dtype;
-  const Exact exact = reference(problem, false);
-  const Exact rounded = reference(problem, true);
-  double rounded_error = 0, floor = 0, worst = 0, square = 0, norm = 0;
-  std::size_t worst_at = 0;
+  const auto round = [&](float x) { return from_bits(dtype, to_bits(dtype, x)); };
+  const Exact exact = reference(problem, false), rounded = reference(problem, true);
+  double error = 0, floor = 0;
   for (std::size_t i = 0; i < exact.o.size(); ++i) {
     const float want = exact.o[i];
-    if (std::isnan(want)) {  // a row of no unit
+    if (std::isnan(want)) continue;  // a row of no unit
+    error = std::max(error, std::abs(double{round(rounded.o[i])} - want));
+    floor = std::max(floor, std::abs(double{round(round(want + 0.3F) - 0.3F)} - want));
+  }
+  return {.element = 2 * error + 2 * floor, .relative = dtype == kBF16 ? 5e-3 : 1e-3};
+}
+
+// Unwritten rows stay unwritten, -inf stands at the same places, everything else within the tolerance.
+void expect_near(const DeviceProblem& problem, const Output& got, const Exact& want, const Tolerance& allowed) {
+  const DType dtype = problem.input.kv.dtype;
+  double worst = 0, square = 0, norm = 0;
+  std::size_t worst_at = 0;
+  for (std::size_t i = 0; i < want.o.size(); ++i) {
+    if (std::isnan(want.o[i])) {  // a row of no unit
       ASSERT_EQ(got.o[i], 0xffff) << "wrote a row of no unit: " << coordinate(problem.input, i);
       continue;
     }
     const float have = from_bits(dtype, got.o[i]);
     ASSERT_FALSE(std::isnan(have)) << "NaN at " << coordinate(problem.input, i);
-    const auto round = [&](float x) { return from_bits(dtype, to_bits(dtype, x)); };
-    rounded_error = std::max(rounded_error, std::abs(double{round(rounded.o[i])} - want));
-    floor = std::max(floor, std::abs(double{round(round(want + 0.3F) - 0.3F)} - want));
-    const double error = std::abs(double{have} - want);
+    const double error = std::abs(double{have} - want.o[i]);
     if (error > worst) worst = error, worst_at = i;
     square += error * error;
-    norm += double{want} * want;
+    norm += double{want.o[i]} * want.o[i];
   }
-  const double allowed = factor * rounded_error + 2 * floor;
-  ASSERT_LE(worst, allowed) << coordinate(problem.input, worst_at) << ": " << from_bits(dtype, got.o[worst_at])
-                            << ", exact " << exact.o[worst_at];
-  const double relative = norm > 0 ? std::sqrt(square / norm) : 0;
-  ASSERT_LE(relative, (dtype == kBF16 ? 5e-3 : 1e-3) * factor / 2) << "relative Frobenius error";
-  for (std::size_t r = 0; r < exact.lse.size(); ++r) {
-    if (std::isnan(exact.lse[r])) {
+  ASSERT_LE(worst, allowed.element) << coordinate(problem.input, worst_at) << ": " << from_bits(dtype, got.o[worst_at])
+                                    << ", wanted " << want.o[worst_at];
+  ASSERT_LE(norm > 0 ? std::sqrt(square / norm) : 0, allowed.relative) << "relative Frobenius error";
+  for (std::size_t r = 0; r < want.lse.size(); ++r) {
+    if (std::isnan(want.lse[r])) {
       ASSERT_TRUE(std::isnan(got.lse[r])) << "wrote the LSE of a row of no unit: " << r;
-    } else if (std::isinf(exact.lse[r])) {
-      ASSERT_EQ(got.lse[r], exact.lse[r]) << "row " << r;
+    } else if (std::isinf(want.lse[r])) {
+      ASSERT_EQ(got.lse[r], want.lse[r]) << "row " << r;
     } else {
-      ASSERT_NEAR(got.lse[r], exact.lse[r], 1e-4 * std::max(1.0F, std::abs(exact.lse[r]) / 16)) << "row " << r;
+      ASSERT_NEAR(got.lse[r], want.lse[r], allowed.lse * std::max(1.0F, std::abs(want.lse[r]) / 16)) << "row " << r;
     }
   }
+}
+
+void expect_close(const DeviceProblem& problem, const Output& got) {
+  expect_near(problem, got, reference(problem, false), tolerance(problem));
 }
 
 void expect_same_bits(const DeviceProblem& problem, const Output& a, const Output& b) {
@@ -125,6 +170,44 @@ void expect_same_bits(const DeviceProblem& problem, const Output& a, const Outpu
                               << " and " << from_bits(problem.input.kv.dtype, b.o[i]);
   }
   ASSERT_EQ(std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * 4), 0) << "LSE differs";
+}
+
+// Dense causal attention from the definition, fp64: knows no units, lists or pages.
+Exact dense_attention(const Problem& problem, float softmax_scale) {
+  const Shape& s = problem.shape;
+  const auto d = static_cast<std::size_t>(s.head_dim), heads = static_cast<std::size_t>(s.num_q_heads());
+  const auto kv_heads = static_cast<std::size_t>(s.num_kv_heads), group = static_cast<std::size_t>(s.group);
+  Exact exact{std::vector<float>(problem.q.size(), NAN), std::vector<float>(problem.q.size() / d, NAN)};
+  std::vector<double> weights, mixed(d);
+  for (std::size_t b = 0; b < s.requests.size(); ++b) {
+    for (std::int32_t i = 0; i < s.requests[b].chunk; ++i) {
+      const auto seen = static_cast<std::size_t>(s.requests[b].start + i + 1);
+      for (std::size_t h = 0; h < heads; ++h) {
+        const std::size_t row = static_cast<std::size_t>(problem.q_begin[b] + i) * heads + h;
+        const auto key = [&](std::size_t x) { return (x * kv_heads + h / group) * d; };
+        weights.assign(seen, 0);
+        for (std::size_t x = 0; x < seen; ++x) {
+          for (std::size_t j = 0; j < d; ++j) {
+            weights[x] += double{from_bits(s.dtype, problem.q[row * d + j])} *
+                          double{from_bits(s.dtype, problem.k[b][key(x) + j])} * double{softmax_scale};
+          }
+        }
+        const double largest = *std::max_element(weights.begin(), weights.end());
+        double sum = 0;
+        std::fill(mixed.begin(), mixed.end(), 0);
+        for (std::size_t x = 0; x < seen; ++x) {
+          const double weight = std::exp(weights[x] - largest);
+          sum += weight;
+          for (std::size_t j = 0; j < d; ++j) {
+            mixed[j] += weight * double{from_bits(s.dtype, problem.v[b][key(x) + j])};
+          }
+        }
+        for (std::size_t j = 0; j < d; ++j) exact.o[row * d + j] = static_cast<float>(mixed[j] / sum);
+        exact.lse[row] = static_cast<float>(largest + std::log(sum));
+      }
+    }
+  }
+  return exact;
 }
 
 class AttentionGpu : public ::testing::TestWithParam<CudaBackend> {
@@ -216,7 +299,6 @@ TEST(AttentionGpuPlan, EqualsTheHostPlan) {
                      .tile_tokens = 128,
                      .heads_per_unit = 4,
                      .heads_per_tile = 4,
-                     .page_tokens = 128,
                      .num_workers = 132,
                      .fixed_split_tiles = batch.fixed_split_tiles};
     const auto max_m = static_cast<std::int32_t>(max_m_tiles(s, batch.units, tokens, 4));
@@ -281,31 +363,79 @@ TEST_P(AttentionGpu, OneTile) {
   }
 }
 
+// A problem of any shape, anywhere in a cache.
+struct RandomCase {
+  Problem problem;
+  Placement place;
+};
+
+RandomCase random_case(std::uint32_t seed) {
+  Random random(seed + 100);
+  Shape s{.seed = seed};
+  s.group = random.pick({1, 2, 3, 4, 6, 7, 8, 16});
+  do s.heads_per_unit = 1 + random.below(s.group);
+  while (s.group % s.heads_per_unit != 0);
+  s.num_kv_heads = 1 + random.below(2);
+  s.head_dim = random.pick({64, 128, 128, 256});
+  s.dtype = random.chance(0.5) ? kBF16 : kF16;
+  s.density = random.pick({0, 30, 100}) / 100.0;
+  s.span_tokens = random.chance(0.5) ? 0 : random.pick({32, 33, 100});
+  s.q_factor = random.chance(0.1) ? 30.0F : 1.0F;
+  for (std::int32_t b = random.below(4); b >= 0; --b) {
+    s.requests.push_back({random.pick({0, 1, 255, 256, 1000, 3000}), random.pick({0, 1, 31, 32, 33, 127, 129, 300})});
+  }
+  Placement place{.page_tokens = random.pick({16, 32, 64, 128, 256}), .page_seed = seed + 1};
+  place.layout = static_cast<Layout>(random.below(4));
+  place.poison = random.chance(0.5) ? NAN : 60000.0F;
+  return {Problem(s), place};
+}
+
+std::string text(const RandomCase& c) {
+  return fmt::format("{} P {} layout {}", c.problem.shape.text(), c.place.page_tokens,
+                     static_cast<int>(c.place.layout));
+}
+
 TEST_P(AttentionGpu, RandomShapes) {
   for (std::uint32_t seed = 0; seed < 40; ++seed) {
-    Random random(seed + 100);
-    Shape s{.seed = seed};
-    s.group = random.pick({1, 2, 3, 4, 6, 7, 8, 16});
-    do s.heads_per_unit = 1 + random.below(s.group);
-    while (s.group % s.heads_per_unit != 0);
-    s.num_kv_heads = 1 + random.below(2);
-    s.head_dim = random.pick({64, 128, 128, 256});
-    s.dtype = random.chance(0.5) ? kBF16 : kF16;
-    s.density = random.pick({0, 30, 100}) / 100.0;
-    s.span_tokens = random.chance(0.5) ? 0 : random.pick({32, 33, 100});
-    s.q_factor = random.chance(0.1) ? 30.0F : 1.0F;
-    for (std::int32_t b = random.below(4); b >= 0; --b) {
-      s.requests.push_back({random.pick({0, 1, 255, 256, 1000, 3000}), random.pick({0, 1, 31, 32, 33, 127, 129, 300})});
-    }
-    const Problem problem(s);
-    Placement place{.page_tokens = random.pick({16, 32, 64, 128, 256}), .page_seed = seed + 1};
-    place.layout = static_cast<Layout>(random.below(4));
-    place.poison = random.chance(0.5) ? NAN : 60000.0F;
-    SCOPED_TRACE(fmt::format("{} P {} layout {}", s.text(), place.page_tokens, static_cast<int>(place.layout)));
-    const DeviceProblem device(problem, place);
+    const RandomCase c = random_case(seed);
+    SCOPED_TRACE(text(c));
+    const DeviceProblem device(c.problem, c.place);
     const Output got = attend(device, options());
     ASSERT_EQ(got.error, 0);
     expect_close(device, got);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// A list of all pages is dense attention, against an oracle that shares nothing with lists.
+TEST_P(AttentionGpu, AllPagesAreDenseAttention) {
+  for (const std::int32_t span_tokens : {0, 50}) {
+    const Problem problem({.seed = 17,
+                           .num_kv_heads = 2,
+                           .head_dim = 128,
+                           .dtype = span_tokens == 0 ? kBF16 : kF16,
+                           .requests = {{700, 130}, {0, 65}, {256, 1}, {129, 0}},
+                           .density = 1.0,
+                           .span_tokens = span_tokens});
+    SCOPED_TRACE(problem.shape.text());
+    const DeviceProblem device(problem, {.page_tokens = 32, .layout = Layout::kNhd});
+    expect_near(device, attend(device, options()), dense_attention(problem, device.input.softmax_scale),
+                tolerance(device));
+    if (HasFatalFailure()) return;
+  }
+}
+
+// The two kernels share the schedule and the arithmetic of softmax, and nothing of how they load and multiply.
+TEST_P(AttentionGpu, AgreesWithTheOtherKernel) {
+  if (GetParam() == CudaBackend::kSm80) GTEST_SKIP() << "compared in the test of the other kernel";
+  for (std::uint32_t seed = 1000; seed < 1020; ++seed) {
+    const RandomCase c = random_case(seed);
+    SCOPED_TRACE(text(c));
+    const DeviceProblem device(c.problem, c.place);
+    const Output sm80 = attend(device, {.backend = CudaBackend::kSm80});
+    Exact want{{}, sm80.lse};
+    for (const std::uint16_t bits : sm80.o) want.o.push_back(from_bits(device.input.kv.dtype, bits));
+    expect_near(device, attend(device, options()), want, tolerance(device).times(2));
     if (HasFatalFailure()) return;
   }
 }
@@ -372,8 +502,7 @@ TEST_P(AttentionGpu, ManyItems) {
   expect_close(device, attend(device, options()));
 }
 
-// ---- properties that hold bit for bit
-// --------------------------------------------------------------------------------
+// ---- properties that hold bit for bit ------------------------------------------------------------------------------
 
 TEST_P(AttentionGpu, PagePermutationLayoutAndPageSizeChangeNoBit) {
   for (const std::int32_t d : {64, 128, 256}) {
@@ -445,37 +574,28 @@ TEST_P(AttentionGpu, SpansWithEqualListsChangeNoBit) {
   expect_same_bits(c, attend(c, unsplit()), want);
 }
 
-// ---- graphs, reuse, errors
-// -------------------------------------------------------------------------------------------
+// ---- graphs, reuse, errors -----------------------------------------------------------------------------------------
 
 TEST_P(AttentionGpu, GraphReplayFollowsTheListsOnTheDevice) {
   const Problem problem({.seed = 11, .num_kv_heads = 2, .requests = {{9000, 100}, {300, 64}}});
   DeviceProblem device(problem, {});
   const std::vector<AttentionUnit> first = device.units;
-  const CudaAttentionInput& input = device.input;
-  const std::int64_t rows = std::int64_t{input.num_q_tokens} * input.num_q_heads;
-  const Result<std::int64_t> bytes = attend_cuda_workspace_bytes(input, options());
-  ASSERT_TRUE(bytes.ok());
-  DeviceBuffer o(rows * 128 * 2), lse(rows * 4), workspace(*bytes);
-  const CudaAttentionOutput output{.o = o.data(),
-                                   .o_token_stride = std::int64_t{input.num_q_heads} * 128,
-                                   .o_head_stride = 128,
-                                   .lse = lse.as<float>()};
+  const DeviceBuffer workspace(workspace_bytes(device.input, options()));
+  Results results(device.input);
   cudaStream_t stream;
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   CA_TEST_CUDA(cudaStreamCreate(&stream));
   CA_TEST_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int layer = 0; layer < 3; ++layer) {  // back to back on one workspace
-    const Status status = attend_cuda(input, output, options(), workspace.data(), workspace.bytes(), stream);
-    ASSERT_TRUE(status.ok()) << status.message();
-  }
+  const Status status =
+      attend_cuda(device.input, results.output(), options(), workspace.data(), workspace.bytes(), stream);
+  ASSERT_TRUE(status.ok()) << status.message();
   CA_TEST_CUDA(cudaStreamEndCapture(stream, &graph));
   CA_TEST_CUDA(cudaGraphInstantiate(&exec, graph, 0));
   for (int round = 0; round < 4; ++round) {
     device.units = first;
-    for (AttentionUnit& unit :
-         device.units) {  // shorter pasts; the chunk pages stay last because the list is cut in front
+    // Shorter pasts; the chunk pages stay last because the list is cut in front.
+    for (AttentionUnit& unit : device.units) {
       const std::int32_t drop = std::min(round * 4, unit.past_tokens / 128);
       unit.list_begin += drop;
       unit.past_tokens -= drop * 128;
@@ -483,12 +603,10 @@ TEST_P(AttentionGpu, GraphReplayFollowsTheListsOnTheDevice) {
       if (round == 3) unit.q_len /= 2;
     }
     device.upload_lists();
-    o.clear();
-    lse.clear();
+    results.clear();
     CA_TEST_CUDA(cudaGraphLaunch(exec, stream));
     CA_TEST_CUDA(cudaStreamSynchronize(stream));
-    const Output got{o.download<std::uint16_t>(static_cast<std::size_t>(rows * 128)),
-                     lse.download<float>(static_cast<std::size_t>(rows)), 0};
+    const Output got = results.download();
     SCOPED_TRACE(fmt::format("round {}", round));
     expect_close(device, got);
     expect_same_bits(device, got, attend(device, options()));
@@ -497,6 +615,47 @@ TEST_P(AttentionGpu, GraphReplayFollowsTheListsOnTheDevice) {
   CA_TEST_CUDA(cudaGraphExecDestroy(exec));
   CA_TEST_CUDA(cudaGraphDestroy(graph));
   CA_TEST_CUDA(cudaStreamDestroy(stream));
+}
+
+// Layers follow each other on one workspace without a stop, as in a model: what one layer leaves there, or still uses,
+// must not matter to the next. Every layer has its own lists, of very different lengths, and its own output.
+TEST_P(AttentionGpu, LayersShareOneWorkspace) {
+  constexpr std::size_t kLayers = 5;
+  std::vector<DeviceProblem> layers;
+  std::vector<Results> results;
+  std::vector<Output> want;
+  std::int64_t bytes = 0;
+  for (std::size_t i = 0; i < kLayers; ++i) {
+    const Problem problem({.seed = 18 + static_cast<std::uint32_t>(i),
+                           .num_kv_heads = 2,
+                           .requests = {{12000, 100}, {300, 64}, {5000, 200}},
+                           .density = i % 2 == 0 ? 0.9 : 0.05});
+    layers.emplace_back(problem, Placement{});
+    results.emplace_back(layers.back().input);
+    want.push_back(attend(layers.back(), options()));
+    expect_close(layers.back(), want.back());
+    if (HasFatalFailure()) return;
+    bytes = std::max(bytes, workspace_bytes(layers.back().input, options()));
+  }
+  const DeviceBuffer workspace(bytes);
+  cudaStream_t stream;
+  CA_TEST_CUDA(cudaStreamCreate(&stream));
+  for (int round = 0; round < 10; ++round) {
+    for (std::size_t i = 0; i < kLayers; ++i) {
+      const Status status =
+          attend_cuda(layers[i].input, results[i].output(), options(), workspace.data(), bytes, stream);
+      ASSERT_TRUE(status.ok()) << status.message();
+    }
+    CA_TEST_CUDA(cudaStreamSynchronize(stream));
+    for (std::size_t i = 0; i < kLayers; ++i) {
+      SCOPED_TRACE(fmt::format("round {} layer {}", round, i));
+      expect_same_bits(layers[i], results[i].download(), want[i]);
+      if (HasFatalFailure()) return;
+      results[i].clear();
+    }
+  }
+  CA_TEST_CUDA(cudaStreamDestroy(stream));
+  EXPECT_TRUE(workspace.guards_intact());
 }
 
 // Units in use are counted on the device.
@@ -523,7 +682,9 @@ TEST_P(AttentionGpu, CheckedListsReportTheFirstMistake) {
     DeviceProblem device(problem, {});
     mistake(device);
     device.upload_lists();
-    return static_cast<CudaAttentionError>(attend(device, checked).error);
+    const Output got = attend(device, checked);
+    EXPECT_EQ(got.error != 0, got.o[0] == 0xffff) << "computed after a mistake, or not at all";
+    return static_cast<CudaAttentionError>(got.error);
   };
   EXPECT_EQ(error_after([](DeviceProblem&) {}), CudaAttentionError::kNone);
   EXPECT_EQ(error_after([](DeviceProblem& p) { p.page_ids[0] = -1; }), CudaAttentionError::kBadPageId);
@@ -531,6 +692,7 @@ TEST_P(AttentionGpu, CheckedListsReportTheFirstMistake) {
             CudaAttentionError::kBadPageId);
   EXPECT_EQ(error_after([](DeviceProblem& p) { p.units[1].past_tokens = p.units[1].list_tokens + 1; }),
             CudaAttentionError::kBadUnit);
+  EXPECT_EQ(error_after([](DeviceProblem& p) { p.units[0].q_begin = 1 << 30; }), CudaAttentionError::kBadUnit);
 }
 
 // Without the check a bad page id reads as a page of zeros: the logits of its tokens are 0, nothing faults.
@@ -550,7 +712,7 @@ TEST_P(AttentionGpu, BadPageIdsReadAsZeros) {
   }
 }
 
-// Page offsets past 2^31 and 2^32 elements: pages 10.7 GB of address space apart, most of it never touched.
+// Page offsets past 2^31 and 2^32 elements: caches of 10.7 GB, of which the listed pages are touched.
 TEST_P(AttentionGpu, PageOffsetsPast2To32) {
   std::size_t free_bytes = 0, total_bytes = 0;
   CA_TEST_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -581,119 +743,70 @@ TEST_P(AttentionGpu, PageOffsetsPast2To32) {
   CA_TEST_CUDA(cudaFree(v));
 }
 
+// A call with one thing wrong.
+struct Mistake {
+  CudaAttentionInput input;
+  CudaAttentionOutput output;
+  CudaAttentionOptions options;
+};
+
 TEST_P(AttentionGpu, EachBadInputHasItsError) {
-  struct Mistake {
-    StatusCode code;
-    const char* text;
-    void (*make)(CudaAttentionInput&, CudaAttentionOutput&, CudaAttentionOptions&);
+  const Problem problem({.seed = 16, .requests = {{500, 64}}});
+  const DeviceProblem device(problem, {});
+  const Results results(device.input);
+  const DeviceBuffer workspace(256 << 20);
+  const auto status_after = [&](auto&& make) {
+    Mistake m{device.input, results.output(), options()};
+    make(m);
+    return attend_cuda(m.input, m.output, m.options, workspace.data(), workspace.bytes(), nullptr);
   };
-#define CA_MISTAKE [](CudaAttentionInput & in, CudaAttentionOutput & out, CudaAttentionOptions & opt)
-#define CA_UNUSED (void)in, (void)out, (void)opt
+  const auto expect = [&](StatusCode code, const char* message, auto&& make) {
+    const Status status = status_after(make);
+    EXPECT_EQ(status.code(), code) << message;
+    EXPECT_NE(status.message().find(message), std::string::npos) << message << " not in: " << status.message();
+  };
   constexpr StatusCode kWrong = StatusCode::kInvalidArgument, kMissing = StatusCode::kUnsupported;
-  const Mistake mistakes[] = {{kMissing, "head dimension is 96", CA_MISTAKE{CA_UNUSED;
-  in.kv.head_dim = 96;
+  EXPECT_TRUE(status_after([](Mistake&) {}).ok());
+  expect(kMissing, "head dimension is 96", [](Mistake& m) { m.input.kv.head_dim = 96; });
+  expect(kMissing, "kv.dtype is 0", [](Mistake& m) { m.input.kv.dtype = DType::kF32; });
+  expect(kMissing, "kv.page_tokens is 48", [](Mistake& m) { m.input.kv.page_tokens = 48; });
+  expect(kMissing, "kv.page_tokens is 512", [](Mistake& m) { m.input.kv.page_tokens = 512; });
+  expect(kWrong, "kv.num_pages is 0", [](Mistake& m) { m.input.kv.num_pages = 0; });
+  expect(kWrong, "num_q_heads is 7", [](Mistake& m) { m.input.num_q_heads = 7, m.input.kv.num_kv_heads = 2; });
+  expect(kWrong, "heads_per_unit is 3", [](Mistake& m) { m.input.heads_per_unit = 3; });
+  expect(kWrong, "softmax_scale is -1", [](Mistake& m) { m.input.softmax_scale = -1; });
+  expect(kWrong, "q is null", [](Mistake& m) { m.input.q = nullptr; });
+  expect(kWrong, "q is at address", [](Mistake& m) { m.input.q = static_cast<const char*>(m.input.q) + 8; });
+  expect(kWrong, "kv.v is at address", [](Mistake& m) { m.input.kv.v = static_cast<const char*>(m.input.kv.v) + 2; });
+  expect(kWrong, "o is null", [](Mistake& m) { m.output.o = nullptr; });
+  expect(kWrong, "page_ids is null", [](Mistake& m) { m.input.page_ids = nullptr; });
+  expect(kWrong, "q_token_stride is 516", [](Mistake& m) { m.input.q_token_stride = 516; });
+  expect(kWrong, "kv.token_stride is 64", [](Mistake& m) { m.input.kv.token_stride = 64; });
+  expect(kWrong, "fixed_split_tokens is 100", [](Mistake& m) { m.options.fixed_split_tokens = 100; });
+  expect(kWrong, "max_list_tokens is 0", [](Mistake& m) { m.options.fixed_split_tokens = 1024; });
+  expect(kWrong, "backend is 9", [](Mistake& m) { m.options.backend = static_cast<CudaBackend>(9); });
+  expect(kWrong, "check_lists without output.error", [](Mistake& m) {
+    m.options.check_lists = true;
+    m.output.error = nullptr;
+  });
+  const auto with_workspace = [&](char* at, std::int64_t bytes) {
+    return attend_cuda(device.input, results.output(), options(), at, bytes, nullptr).message();
+  };
+  EXPECT_NE(with_workspace(workspace.as<char>(), 1000).find("workspace_bytes is 1000"), std::string::npos);
+  EXPECT_NE(with_workspace(workspace.as<char>() + 16, workspace.bytes()).find("workspace is at address"),
+            std::string::npos);
+  CA_TEST_CUDA(cudaDeviceSynchronize());
 }
-}  // namespace
-, {kMissing, "kv.dtype is 0", CA_MISTAKE{CA_UNUSED;
-in.kv.dtype = DType::kF32;
-}  // namespace compact
-}
-, {kMissing, "kv.page_tokens is 48", CA_MISTAKE{CA_UNUSED;
-in.kv.page_tokens = 48;
-}
-}
-, {kMissing, "kv.page_tokens is 512", CA_MISTAKE{CA_UNUSED;
-in.kv.page_tokens = 512;
-}
-}
-, {kWrong, "kv.num_pages is 0", CA_MISTAKE{CA_UNUSED;
-in.kv.num_pages = 0;
-}
-}
-, {kWrong, "num_q_heads is 7", CA_MISTAKE{CA_UNUSED;
-in.num_q_heads = 7;
-in.kv.num_kv_heads = 2;
-}
-}
-, {kWrong, "heads_per_unit is 3", CA_MISTAKE{CA_UNUSED;
-in.heads_per_unit = 3;
-}
-}
-, {kWrong, "softmax_scale is -1", CA_MISTAKE{CA_UNUSED;
-in.softmax_scale = -1;
-}
-}
-, {kWrong, "q is null", CA_MISTAKE{CA_UNUSED;
-in.q = nullptr;
-}
-}
-, {kWrong, "q is at address", CA_MISTAKE{CA_UNUSED;
-in.q = static_cast<const char*>(in.q) + 8;
-}
-}
-, {kWrong, "kv.v is at address", CA_MISTAKE{CA_UNUSED;
-in.kv.v = static_cast<const char*>(in.kv.v) + 2;
-}
-}
-, {kWrong, "o is null", CA_MISTAKE{CA_UNUSED;
-out.o = nullptr;
-}
-}
-, {kWrong, "page_ids is null", CA_MISTAKE{CA_UNUSED;
-in.page_ids = nullptr;
-}
-}
-, {kWrong, "q_token_stride is 516", CA_MISTAKE{CA_UNUSED;
-in.q_token_stride = 516;
-}
-}
-, {kWrong, "kv.token_stride is 64", CA_MISTAKE{CA_UNUSED;
-in.kv.token_stride = 64;
-}
-}
-, {kWrong, "fixed_split_tokens is 100", CA_MISTAKE{CA_UNUSED;
-opt.fixed_split_tokens = 100;
-}
-}
-, {kWrong, "max_list_tokens is 0", CA_MISTAKE{CA_UNUSED;
-opt.fixed_split_tokens = 1024;
-}
-}
-, {kWrong, "backend is 9", CA_MISTAKE{CA_UNUSED;
-opt.backend = static_cast<CudaBackend>(9);
-}
-}
-, {kWrong, "check_lists without output.error", CA_MISTAKE{CA_UNUSED;
-opt.check_lists = true;
-}
-}
-,
-}
-;
-#undef CA_MISTAKE
-#undef CA_UNUSED
-const Problem problem({.seed = 16, .requests = {{500, 64}}});
-const DeviceProblem device(problem, {});
-DeviceBuffer o(std::int64_t{66} * 4 * 128 * 2), workspace(256 << 20);
-for (const Mistake& mistake : mistakes) {
-  CudaAttentionInput input = device.input;
-  CudaAttentionOutput output{.o = o.data(), .o_token_stride = 512, .o_head_stride = 128};
-  CudaAttentionOptions opt = options();
-  mistake.make(input, output, opt);
-  const Status status = attend_cuda(input, output, opt, workspace.data(), workspace.bytes(), nullptr);
-  EXPECT_EQ(status.code(), mistake.code) << mistake.text;
-  EXPECT_NE(status.message().find(mistake.text), std::string::npos) << mistake.text << " not in: " << status.message();
-}
-const CudaAttentionOutput output{.o = o.data(), .o_token_stride = 512, .o_head_stride = 128};
-EXPECT_NE(attend_cuda(device.input, output, options(), workspace.data(), 1000, nullptr)
-              .message()
-              .find("workspace_bytes is 1000"),
-          std::string::npos);
-EXPECT_NE(attend_cuda(device.input, output, options(), workspace.as<char>() + 16, workspace.bytes(), nullptr)
-              .message()
-              .find("workspace is at address"),
-          std::string::npos);
-CA_TEST_CUDA(cudaDeviceSynchronize());
+
+// Strides of dimensions of size 1 are never used: views made by other libraries hold 0 or anything else there.
+TEST_P(AttentionGpu, StridesOfSingleHeadsAndPagesMayBeAnything) {
+  const Problem problem({.seed = 19, .group = 1, .heads_per_unit = 1, .requests = {{0, 100}}});
+  DeviceProblem device(problem, {.spare_pages = 0});
+  ASSERT_EQ(device.input.kv.num_pages, 1);
+  const Output want = attend(device, options());
+  expect_close(device, want);
+  device.input.q_head_stride = device.input.kv.head_stride = device.input.kv.page_stride = 0;
+  expect_same_bits(device, attend(device, options()), want);
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
 // Checks every shared-memory layout and fragment layout that the sm_90a kernel relies on, one instruction sequence at a
-// time, against host arithmetic on small integers (exact in bf16 and fp16). Stand-alone: prints one line per case.
-//   nvcc -std=c++20 -O3 -I. -Iinclude -gencode=arch=compute_90a,code=sm_90a tests/gpu/ptx_layout_test.cu \
-//        src/attention/sm90/tensor_maps.cc src/core/status.cc -o ptx_layout_test
+// time, against host arithmetic on small integers (exact in bf16 and fp16). Prints one line per case.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -22,7 +22,6 @@ Schedule h200(std::int32_t heads_per_unit = 4) {
           .tile_tokens = 128,
           .heads_per_unit = heads_per_unit,
           .heads_per_tile = heads_per_tile(heads_per_unit),
-          .page_tokens = 128,
           .num_workers = 132};
 }
 
@@ -49,7 +48,6 @@ TEST(AttentionSchedule, MTileWorkedByHand) {
   EXPECT_EQ(first.q_row, 50);
   EXPECT_EQ(first.q_rows_valid, 32);
   EXPECT_EQ(first.q_head, 8);
-  EXPECT_EQ(first.list_pages, 4);  // ceil(400 / 128)
   EXPECT_EQ(first.visible_base, 300);
   EXPECT_EQ(first.tile_end, 3);           // the last query, 31, sees 332 tokens
   EXPECT_EQ(first.first_masked_tile, 2);  // query 0 sees 301 tokens: two whole tiles
@@ -163,7 +161,6 @@ RandomBatch random_batch(std::uint32_t seed) {
   s.tile_tokens = pick({64, 128, 192});
   s.heads_per_unit = pick({1, 2, 3, 4, 6, 7, 8, 16});
   s.heads_per_tile = heads_per_tile(s.heads_per_unit);
-  s.page_tokens = pick({16, 64, 128, 256});
   s.num_workers = pick({1, 2, 16, 132, 264});
   s.fixed_split_tiles = below(3) == 0 ? pick({1, 2, 8, 100}) : 0;
   const std::int32_t unit_slots = 1 + below(4);  // KV heads times sub-groups

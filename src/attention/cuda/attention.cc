@@ -4,11 +4,13 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 #include "compact/attention_cuda.h"
 #include "src/attention/cuda/plan.h"
 #include "src/attention/sm80/launch.h"
 #include "src/attention/sm90/launch.h"
+#include "src/attention/sm90/sm90_config.h"
 
 namespace compact {
 namespace {
@@ -47,6 +49,10 @@ Result<Device> current_device() {
   CA_RETURN_IF_ERROR(
       cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query"));
   return Device{sms, 10 * major + minor};
+}
+
+std::int32_t log2_exact(std::int32_t power_of_two) {
+  return std::countr_zero(static_cast<std::uint32_t>(power_of_two));
 }
 
 // A stride matters only where its index exceeds 0; 16-byte loads want multiples of 8 elements.
@@ -143,14 +149,9 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
     default: return wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(options.backend));
   }
 
-  plan.schedule = {.heads_per_unit = input.heads_per_unit,
-                   .heads_per_tile = heads_per_tile(input.heads_per_unit),
-                   .page_tokens = input.kv.page_tokens};
   if (plan.backend == CudaBackend::kSm90) {
     const Sm90Tile tile = sm90_tile(input.kv.head_dim);
-    plan.schedule.tile_rows = tile.rows;
-    plan.schedule.tile_tokens = tile.tokens;
-    plan.schedule.num_workers = device.num_sms;
+    CA_RETURN_IF_ERROR(plan_tile(plan, input, options, tile.rows, tile.tokens, device.num_sms));
   } else {
     const Sm80Tile tile = sm80_tile(input.kv.head_dim);
     std::int32_t ctas_per_sm = 0;
@@ -159,30 +160,42 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
     if (ctas_per_sm < 1) {
       return missing("the device has too little shared memory for head dimension {}", input.kv.head_dim);
     }
-    plan.schedule.tile_rows = tile.rows;
-    plan.schedule.tile_tokens = tile.tokens;
-    plan.schedule.num_workers = ctas_per_sm * device.num_sms;
+    CA_RETURN_IF_ERROR(plan_tile(plan, input, options, tile.rows, tile.tokens, ctas_per_sm * device.num_sms));
   }
-  plan.schedule.fixed_split_tiles = options.fixed_split_tokens / plan.schedule.tile_tokens;
-
-  const std::int64_t m_tiles = max_m_tiles(plan.schedule, input.max_units, input.num_q_tokens, input.num_q_heads);
-  const std::int64_t slots = options.fixed_split_tokens == 0
-                                 ? max_load_slots(plan.schedule.num_workers)
-                                 : (options.max_list_tokens <= options.fixed_split_tokens
-                                        ? 0
-                                        : m_tiles * ceil_div(options.max_list_tokens, options.fixed_split_tokens));
-  if (m_tiles + slots > std::numeric_limits<std::int32_t>::max() / 4) {
-    return wrong("{} tiles of {} query rows in {} units with {} pieces are too many for one call", m_tiles,
-                 plan.schedule.tile_rows, input.max_units, slots);
-  }
-  plan.max_m_tiles = static_cast<std::int32_t>(m_tiles);
-  plan.max_slots = static_cast<std::int32_t>(slots);
-  plan.workspace = plan_workspace(input.max_units, m_tiles, slots, plan.schedule.tile_rows, input.kv.head_dim);
   return plan;
 }
 
+Status plan_tile(CudaPlan& plan, const CudaAttentionInput& input, const CudaAttentionOptions& options,
+                 std::int32_t tile_rows, std::int32_t tile_tokens, std::int32_t num_workers) {
+  plan.schedule = {.tile_rows = tile_rows,
+                   .tile_tokens = tile_tokens,
+                   .heads_per_unit = input.heads_per_unit,
+                   .heads_per_tile = heads_per_tile(input.heads_per_unit),
+                   .num_workers = num_workers,
+                   .fixed_split_tiles = options.fixed_split_tokens / tile_tokens};
+  constexpr std::int64_t kMaxItems = std::numeric_limits<std::int32_t>::max() / 4;
+  const std::int64_t m_tiles = max_m_tiles(plan.schedule, input.max_units, input.num_q_tokens, input.num_q_heads);
+  if (m_tiles > kMaxItems) {
+    return wrong("{} query tokens of {} heads in {} units are too many for one call", input.num_q_tokens,
+                 input.num_q_heads, input.max_units);
+  }
+  std::int64_t slots = max_load_slots(num_workers);
+  if (options.fixed_split_tokens > 0) {
+    const std::int32_t pieces = ceil_div(options.max_list_tokens, options.fixed_split_tokens);
+    slots = pieces == 1 ? 0 : m_tiles * pieces;
+  }
+  if (m_tiles + slots > kMaxItems) {
+    return wrong("fixed_split_tokens is {}: {} tiles of {} query rows in {} pieces are too many for one call",
+                 options.fixed_split_tokens, m_tiles, tile_rows, slots);
+  }
+  plan.max_m_tiles = static_cast<std::int32_t>(m_tiles);
+  plan.max_slots = static_cast<std::int32_t>(slots);
+  plan.workspace = plan_workspace(input.max_units, m_tiles, slots, tile_rows, input.kv.head_dim);
+  return {};
+}
+
 CudaChain make_chain(const CudaPlan& plan, const CudaAttentionInput& input, const CudaAttentionOutput& output,
-                     void* workspace, void* stream) {
+                     const CudaAttentionOptions& options, void* workspace) {
   const auto at = [workspace](std::int64_t offset) { return static_cast<char*>(workspace) + offset; };
   const Workspace& w = plan.workspace;
   const PagedKvView& kv = input.kv;
@@ -200,67 +213,57 @@ CudaChain make_chain(const CudaPlan& plan, const CudaAttentionInput& input, cons
                    .m_begin = reinterpret_cast<std::int32_t*>(at(w.m_begin)),
                    .step_begin = reinterpret_cast<std::int32_t*>(at(w.step_begin)),
                    .slot_begin = reinterpret_cast<std::int32_t*>(at(w.slot_begin)),
-                   .error = output.error};
-  chain.main = {.dtype = kv.dtype,
-                .head_dim = kv.head_dim,
+                   .error = output.error,
+                   .checked = options.check_lists};
+  chain.main = {.output = {.o = static_cast<std::uint16_t*>(output.o),
+                           .o_token_stride = output.o_token_stride,
+                           .o_head_stride = output.o_head_stride,
+                           .lse = output.lse,
+                           .partial_o = reinterpret_cast<float*>(at(w.partial_o)),
+                           .partial_m_l = reinterpret_cast<float*>(at(w.partial_m_l)),
+                           .num_q_heads = input.num_q_heads,
+                           .heads_per_tile_log2 = log2_exact(plan.schedule.heads_per_tile)},
                 .q = input.q,
                 .q_token_stride = input.q_token_stride,
                 .q_head_stride = input.q_head_stride,
-                .o = output.o,
-                .o_token_stride = output.o_token_stride,
-                .o_head_stride = output.o_head_stride,
-                .lse = output.lse,
                 .k = kv.k,
                 .v = kv.v,
                 .kv_page_stride = kv.page_stride,
                 .kv_head_stride = kv.head_stride,
                 .kv_token_stride = kv.token_stride,
-                .num_pages = kv.num_pages,
-                .num_kv_heads = kv.num_kv_heads,
-                .page_tokens = kv.page_tokens,
-                .num_q_tokens = input.num_q_tokens,
-                .num_q_heads = input.num_q_heads,
-                .heads_per_tile = plan.schedule.heads_per_tile,
-                .softmax_scale = input.softmax_scale,
                 .page_ids = input.page_ids,
                 .work = chain.prepare.items,
                 .num_items = &header->num_items,
                 .work_counter = &header->next_item,
-                .partial_o = reinterpret_cast<float*>(at(w.partial_o)),
-                .partial_m_l = reinterpret_cast<float*>(at(w.partial_m_l)),
+                .dtype = kv.dtype,
+                .head_dim = kv.head_dim,
+                .num_pages = kv.num_pages,
+                .num_kv_heads = kv.num_kv_heads,
+                .page_tokens_log2 = log2_exact(kv.page_tokens),
+                .num_q_tokens = input.num_q_tokens,
                 .num_workers = plan.schedule.num_workers,
-                .stream = stream};
+                .scale_log2 = static_cast<float>(input.softmax_scale * std::numbers::log2e)};
   chain.combine = {.header = header,
                    .slots = chain.prepare.slots,
-                   .partial_o = chain.main.partial_o,
-                   .partial_m_l = chain.main.partial_m_l,
-                   .o = output.o,
-                   .lse = output.lse,
-                   .o_token_stride = output.o_token_stride,
-                   .o_head_stride = output.o_head_stride,
-                   .num_q_heads = input.num_q_heads,
+                   .output = chain.main.output,
+                   .dtype = kv.dtype,
                    .head_dim = kv.head_dim,
-                   .tile_rows = plan.schedule.tile_rows,
-                   .heads_per_tile = plan.schedule.heads_per_tile,
-                   .dtype = kv.dtype};
+                   .tile_rows = plan.schedule.tile_rows};
   return chain;
 }
 
-Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain) {
-  return cuda_status(launch_prepare(chain.prepare, plan.pdl, static_cast<cudaStream_t>(chain.main.stream)),
-                     "launch of the prepare kernel");
+Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
+  return cuda_status(launch_prepare(chain.prepare, plan.pdl, stream), "launch of the prepare kernel");
 }
 
-Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain) {
-  if (plan.backend == CudaBackend::kSm90) return sm90_launch_prefill(chain.main);
-  return cuda_status(sm80_launch_prefill(chain.main, plan.pdl), "launch of the sm80 kernel");
+Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
+  if (plan.backend == CudaBackend::kSm90) return sm90_launch_prefill(chain.main, stream);
+  return cuda_status(sm80_launch_prefill(chain.main, plan.pdl, stream), "launch of the sm80 kernel");
 }
 
-Status launch_chain_combine(const CudaPlan& plan, const CudaChain& chain) {
+Status launch_chain_combine(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
   if (plan.max_slots == 0) return {};
-  return cuda_status(
-      launch_combine(chain.combine, plan.num_sms, plan.pdl, static_cast<cudaStream_t>(chain.main.stream)),
-      "launch of the combine kernel");
+  return cuda_status(launch_combine(chain.combine, plan.num_sms, plan.pdl, stream), "launch of the combine kernel");
 }
 
 Result<std::int64_t> attend_cuda_workspace_bytes(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
@@ -278,6 +281,7 @@ Status attend_cuda(const CudaAttentionInput& input, const CudaAttentionOutput& o
     return wrong("workspace_bytes is {}; at least {} (attend_cuda_workspace_bytes)", workspace_bytes,
                  plan.workspace.bytes);
   }
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (options.check_lists) {
     if (output.error == nullptr) return wrong("check_lists without output.error; where to report");
     const CheckArgs check{.units = input.units,
@@ -291,13 +295,12 @@ Status attend_cuda(const CudaAttentionInput& input, const CudaAttentionOutput& o
                           .page_tokens = input.kv.page_tokens,
                           .num_pages = input.kv.num_pages,
                           .error = output.error};
-    CA_RETURN_IF_ERROR(
-        cuda_status(launch_check_lists(check, static_cast<cudaStream_t>(stream)), "launch of the list check"));
+    CA_RETURN_IF_ERROR(cuda_status(launch_check_lists(check, cuda_stream), "launch of the list check"));
   }
-  const CudaChain chain = make_chain(plan, input, output, workspace, stream);
-  CA_RETURN_IF_ERROR(launch_chain_prepare(plan, chain));
-  CA_RETURN_IF_ERROR(launch_chain_main(plan, chain));
-  return launch_chain_combine(plan, chain);
+  const CudaChain chain = make_chain(plan, input, output, options, workspace);
+  CA_RETURN_IF_ERROR(launch_chain_prepare(plan, chain, cuda_stream));
+  CA_RETURN_IF_ERROR(launch_chain_main(plan, chain, cuda_stream));
+  return launch_chain_combine(plan, chain, cuda_stream);
 }
 
 }  // namespace compact

@@ -22,16 +22,21 @@ struct CudaPlan {
 // Checks sizes and options and chooses the kernel; no pointer is looked at.
 [[nodiscard]] Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAttentionOptions& options);
 
+// The part of the plan that follows from the kernel's tile: schedule, bounds, workspace.
+[[nodiscard]] Status plan_tile(CudaPlan& plan, const CudaAttentionInput& input, const CudaAttentionOptions& options,
+                               std::int32_t tile_rows, std::int32_t tile_tokens, std::int32_t num_workers);
+
 struct CudaChain {
   PrepareArgs prepare;
   PrefillParams main;
   CombineArgs combine;
 };
 [[nodiscard]] CudaChain make_chain(const CudaPlan& plan, const CudaAttentionInput& input,
-                                   const CudaAttentionOutput& output, void* workspace, void* stream);
+                                   const CudaAttentionOutput& output, const CudaAttentionOptions& options,
+                                   void* workspace);
 
-[[nodiscard]] Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain);
-[[nodiscard]] Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain);
-[[nodiscard]] Status launch_chain_combine(const CudaPlan& plan, const CudaChain& chain);
+[[nodiscard]] Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream);
+[[nodiscard]] Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream);
+[[nodiscard]] Status launch_chain_combine(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream);
 
 }  // namespace compact

@@ -9,8 +9,8 @@
 
 namespace compact {
 
-// Asynchronous on params.stream. `pdl`: the kernel may be launched while its predecessor still runs.
-cudaError_t sm80_launch_prefill(const PrefillParams& params, bool pdl);
+// Asynchronous. `pdl`: the kernel may be launched while its predecessor still runs.
+cudaError_t sm80_launch_prefill(const PrefillParams& params, bool pdl, cudaStream_t stream);
 
 // CTAs of the kernel that fit one SM of the current device at once.
 cudaError_t sm80_ctas_per_sm(DType dtype, std::int32_t head_dim, std::int32_t* ctas);

@@ -15,12 +15,20 @@
 // a token past the list, or in a page outside the cache, becomes zeros, so that 0 * V is never 0 * NaN.
 #pragma once
 
-#include "src/attention/cuda/pdl.cuh"
+#include <cmath>
+#include <cstdint>
+
 #include "src/attention/cuda/prefill_params.h"
+#include "src/attention/epilogue.cuh"
+#include "src/attention/mask.cuh"
 #include "src/attention/schedule.h"
 #include "src/attention/sm80/sm80_config.h"
+#include "src/attention/softmax.cuh"
+#include "src/ptx/control.cuh"
 #include "src/ptx/cp_async.cuh"
+#include "src/ptx/ldmatrix.cuh"
 #include "src/ptx/mma_sync.cuh"
+#include "src/ptx/shared_address.cuh"
 
 namespace compact {
 
@@ -32,25 +40,23 @@ __device__ constexpr std::uint32_t sm80_piece_offset(std::int32_t row, std::int3
 }
 
 // Starts the copy of KV tile `tile_idx` of a list: BN rows of one head of K or V.
-template <class Element, std::int32_t kHeadDim>
-__device__ inline void sm80_load_kv(std::uint32_t shared, const void* cache, const PrefillParams& p,
-                                    const WorkItem& item, std::int32_t tile_idx) {
+template <std::int32_t kHeadDim>
+__device__ __forceinline__ void sm80_load_kv(std::uint32_t shared, const void* cache, const PrefillParams& p,
+                                             const WorkItem& item, std::int32_t tile_idx) {
   constexpr Sm80Tile kTile = sm80_tile(kHeadDim);
   constexpr std::int32_t kPieces = kHeadDim / 8;
   constexpr std::int32_t kRowsPerPass = kTile.threads() / kPieces;
   constexpr std::int32_t kPasses = kTile.tokens / kRowsPerPass;
   std::int32_t thread = static_cast<std::int32_t>(threadIdx.x);
-  std::int32_t page_tokens = p.page_tokens;
-  asm volatile(""
-               : "+r"(tile_idx), "+r"(thread),
-                 "+r"(page_tokens));  // no induction variables kept in registers from tile to tile
-  const std::int32_t page_shift = __ffs(page_tokens) - 1;
+  std::int32_t page_shift = p.page_tokens_log2;
+  // Opaque: no induction variables are kept in registers from tile to tile.
+  asm volatile("" : "+r"(tile_idx), "+r"(thread), "+r"(page_shift));
   const std::int32_t piece = thread % kPieces;
   const std::int32_t first_row = thread / kPieces;
   const std::int32_t first_token = tile_idx * kTile.tokens + first_row;
   const std::int32_t* list = p.page_ids + item.list_begin;
   const std::int32_t list_tokens = item.list_tokens;
-  const Element* head = static_cast<const Element*>(cache) + item.kv_head * p.kv_head_stride + piece * 8;
+  const std::uint16_t* head = static_cast<const std::uint16_t*>(cache) + item.kv_head * p.kv_head_stride + piece * 8;
   constexpr std::int32_t kGroup = 4;  // ids of a group first: one wait for the table instead of one per row
   static_assert(kPasses % kGroup == 0, "groups fill the passes evenly");
 #pragma unroll
@@ -64,33 +70,33 @@ __device__ inline void sm80_load_kv(std::uint32_t shared, const void* cache, con
 #pragma unroll
     for (std::int32_t i = 0; i < kGroup; ++i) {
       const std::int32_t row = (group + i) * kRowsPerPass;
-      const std::int32_t row_in_page = (first_token + row) & (page_tokens - 1);
+      const std::int32_t row_in_page = (first_token + row) & ((1 << page_shift) - 1);
       const bool valid = static_cast<std::uint32_t>(page[i]) < static_cast<std::uint32_t>(p.num_pages);
-      const Element* from = head + (valid ? page[i] * p.kv_page_stride + row_in_page * p.kv_token_stride : 0);
+      const std::uint16_t* from = head + (valid ? page[i] * p.kv_page_stride + row_in_page * p.kv_token_stride : 0);
       ptx::cp_async_16(shared + sm80_piece_offset<kHeadDim>(first_row + row, piece), from, valid);
     }
   }
 }
 
 // Starts the copy of the item's query rows; rows that do not exist become zeros.
-template <class Element, std::int32_t kHeadDim>
-__device__ inline void sm80_load_q(std::uint32_t shared, const PrefillParams& p, const WorkItem& item,
-                                   std::int32_t heads_shift) {
+template <std::int32_t kHeadDim>
+__device__ __forceinline__ void sm80_load_q(std::uint32_t shared, const PrefillParams& p, const WorkItem& item) {
   constexpr Sm80Tile kTile = sm80_tile(kHeadDim);
   constexpr std::int32_t kPieces = kHeadDim / 8;
   constexpr std::int32_t kRowsPerPass = kTile.threads() / kPieces;
   const std::int32_t piece = static_cast<std::int32_t>(threadIdx.x) % kPieces;
   for (std::int32_t row = static_cast<std::int32_t>(threadIdx.x) / kPieces; row < kTile.rows; row += kRowsPerPass) {
-    const std::int32_t token = row >> heads_shift;
-    const std::int32_t head = item.q_head + (row & (p.heads_per_tile - 1));
+    const std::int32_t heads_log2 = p.output.heads_per_tile_log2;
+    const std::int32_t token = row >> heads_log2;
+    const std::int32_t head = item.q_head + (row & ((1 << heads_log2) - 1));
     const bool valid = token < item.q_rows_valid;
-    const auto* from = static_cast<const Element*>(p.q) +
+    const auto* from = static_cast<const std::uint16_t*>(p.q) +
                        (valid ? (item.q_row + token) * p.q_token_stride + head * p.q_head_stride : 0);
     ptx::cp_async_16(shared + sm80_piece_offset<kHeadDim>(row, piece), from + piece * 8, valid);
   }
 }
 
-template <class Element, std::int32_t kHeadDim>
+template <ptx::MmaType kType, std::int32_t kHeadDim>
 __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill_kernel(const PrefillParams p) {
   constexpr Sm80Tile kTile = sm80_tile(kHeadDim);
   constexpr std::int32_t kRowBlocks = kTile.row_blocks();  // m16 blocks of this warp
@@ -108,54 +114,48 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
 
   std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   std::int32_t warp_row = static_cast<std::int32_t>(threadIdx.x) / 32 * kRowBlocks * 16;
-  const std::int32_t heads_shift = __ffs(p.heads_per_tile) - 1;
-  const float scale_log2 = p.softmax_scale * 1.44269504088896f;
-  // Row of the tile that accumulator pair h (0: c[0..1], 1: c[2..3]) of row block b belongs to.
-  const auto row_of = [&](std::int32_t b, std::int32_t h) { return warp_row + b * 16 + lane / 4 + 8 * h; };
 
-  // This lane's rows of the 8x8 matrices of a fragment, for the first step.
-  std::uint32_t lane_q = sm80_piece_offset<kHeadDim>(warp_row + lane % 16, lane / 16);
+  // This lane's rows of the 8x8 matrices of a fragment, for the first step: of Q (from the warp's first row) and V, and
+  // of K.
+  std::uint32_t lane_qv = sm80_piece_offset<kHeadDim>(lane % 16, lane / 16);
   std::uint32_t lane_k = sm80_piece_offset<kHeadDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  std::uint32_t lane_v = sm80_piece_offset<kHeadDim>(lane % 16, lane / 16);
 
-  pdl_wait();
+  ptx::griddep_wait();
   const std::int32_t num_items = *p.num_items;
   for (std::int32_t index = static_cast<std::int32_t>(blockIdx.x); index < num_items; index = next_index) {
-    std::int32_t upcoming = 0;  // drawn now, used after the item: the atomic's latency is hidden
-    if (threadIdx.x == 0) {
-      item = p.work[index];
-      upcoming = atomicAdd(p.work_counter, 1);
-    }
+    if (threadIdx.x == 0) item = p.work[index];
     __syncthreads();
     const auto load_kv = [&](std::uint32_t shared, const void* cache, std::int32_t tile) {
-      sm80_load_kv<Element, kHeadDim>(shared, cache, p, item, tile);
+      sm80_load_kv<kHeadDim>(shared, cache, p, item, tile);
       ptx::cp_async_commit();
     };
 
-    float o[kRowBlocks][kOutBlocks][4] = {};
-    float row_max[kRowBlocks][2];  // of the logits before scaling
+    float o[kRowBlocks][kHeadDim / 2] = {};  // fragments as in softmax.cuh
+    float row_max[kRowBlocks][2];            // of the logits before scaling
     float row_sum[kRowBlocks][2] = {};
     for (auto& pair : row_max) pair[0] = pair[1] = -INFINITY;
 
     if (item.tile_begin < item.tile_end) {  // otherwise zeros and -inf
-      sm80_load_q<Element, kHeadDim>(shared_q, p, item, heads_shift);
+      sm80_load_q<kHeadDim>(shared_q, p, item);
       load_kv(shared_k, p.k, item.tile_end - 1);
     }
+    // Everyone has read the index before; the atomic's latency hides behind the first tile's.
+    if (threadIdx.x == 0) next_index = atomicAdd(p.work_counter, 1);
     for (std::int32_t tile = item.tile_end - 1; tile >= item.tile_begin; --tile) {
       ptx::cp_async_wait<0>();
       __syncthreads();
       load_kv(shared_v, p.v, tile);
       // Opaque per tile: hoisted out of the loop, what is derived from them would spill.
-      asm volatile("" : "+r"(lane_q), "+r"(lane_k), "+r"(lane_v), "+r"(lane), "+r"(warp_row));
+      asm volatile("" : "+r"(lane_qv), "+r"(lane_k), "+r"(lane), "+r"(warp_row));
 
-      float s[kRowBlocks][kKeyBlocks][4] = {};
+      float s[kRowBlocks][kTile.tokens / 2] = {};
 #pragma unroll 4  // all steps at once spill at head dimension 128
       for (std::int32_t step = 0; step < kHeadDim / 16; ++step) {
         std::uint32_t a[kRowBlocks][4];
 #pragma unroll
         for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-          ptx::ldmatrix_x4(a[b], shared_q + (lane_q ^ static_cast<std::uint32_t>(step * 32)) +
-                                     static_cast<std::uint32_t>(b * 16 * kHeadDim * 2));
+          ptx::ldmatrix_x4(a[b], shared_q + (lane_qv ^ static_cast<std::uint32_t>(step * 32)) +
+                                     static_cast<std::uint32_t>((warp_row + b * 16) * kHeadDim * 2));
         }
 #pragma unroll
         for (std::int32_t j = 0; j < kKeyBlocks; j += 2) {
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
                                      static_cast<std::uint32_t>(j * 8 * kHeadDim * 2));
 #pragma unroll
           for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-            ptx::mma_m16n8k16<Element>(s[b][j], a[b], keys[0], keys[1]);
-            ptx::mma_m16n8k16<Element>(s[b][j + 1], a[b], keys[2], keys[3]);
+            ptx::mma_m16n8k16<kType>(&s[b][4 * j], a[b], keys[0], keys[1]);
+            ptx::mma_m16n8k16<kType>(&s[b][4 * j + 4], a[b], keys[2], keys[3]);
           }
         }
       }
@@ -173,50 +173,24 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
       if (tile >= item.first_masked_tile) {
 #pragma unroll
         for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+          std::int32_t visible_columns[2];
 #pragma unroll
           for (std::int32_t h = 0; h < 2; ++h) {
-            const std::int32_t sees = item.visible_base + (row_of(b, h) >> heads_shift) + 1;
-            const std::int32_t limit = min_i32(item.list_tokens, sees) - tile * kTile.tokens - lane % 4 * 2;
-#pragma unroll
-            for (std::int32_t j = 0; j < kKeyBlocks; ++j) {
-              if (j * 8 >= limit) s[b][j][2 * h] = -INFINITY;
-              if (j * 8 + 1 >= limit) s[b][j][2 * h + 1] = -INFINITY;
-            }
+            const std::int32_t row = warp_row + 16 * b + lane / 4 + 8 * h;
+            const std::int32_t sees = item.visible_base + (row >> p.output.heads_per_tile_log2) + 1;
+            visible_columns[h] = min_i32(item.list_tokens, sees) - tile * kTile.tokens;
           }
+          mask_columns(s[b], visible_columns, lane);
         }
       }
 
-      // Online softmax in base 2. The row's four lanes agree on the maximum; sums stay per lane until the end.
-      std::uint32_t weights[kRowBlocks][kTile.tokens / 16][4];  // P as A fragments
+      std::uint32_t weights[kRowBlocks][kTile.tokens / 4];  // P as A fragments
 #pragma unroll
       for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-#pragma unroll
-        for (std::int32_t h = 0; h < 2; ++h) {
-          float largest = row_max[b][h];
-#pragma unroll
-          for (std::int32_t j = 0; j < kKeyBlocks; ++j) {
-            largest = fmaxf(largest, fmaxf(s[b][j][2 * h], s[b][j][2 * h + 1]));
-          }
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-          const float base = largest == -INFINITY ? 0.0f : largest * scale_log2;  // nothing seen yet: p = 0, not NaN
-          const float rescale = ptx::exp2_approx(row_max[b][h] * scale_log2 - base);
-          row_max[b][h] = largest;
-          float sum = row_sum[b][h] * rescale;
-#pragma unroll
-          for (std::int32_t j = 0; j < kKeyBlocks; ++j) {
-            const float low = ptx::exp2_approx(fmaf(s[b][j][2 * h], scale_log2, -base));
-            const float high = ptx::exp2_approx(fmaf(s[b][j][2 * h + 1], scale_log2, -base));
-            sum += low + high;
-            weights[b][j / 2][j % 2 * 2 + h] = ptx::pack<Element>(low, high);
-          }
-          row_sum[b][h] = sum;
-#pragma unroll
-          for (std::int32_t j = 0; j < kOutBlocks; ++j) {
-            o[b][j][2 * h] *= rescale;
-            o[b][j][2 * h + 1] *= rescale;
-          }
-        }
+        float rescale[2];
+        online_softmax<true>(s[b], row_max[b], row_sum[b], rescale, p.scale_log2);
+        rescale_rows(o[b], rescale);
+        pack_probabilities<kType>(weights[b], s[b]);
       }
 
       ptx::cp_async_wait<0>();
@@ -228,12 +202,12 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
 #pragma unroll
         for (std::int32_t j = 0; j < kOutBlocks; j += 2) {
           std::uint32_t values[4];  // dimensions 8j..8j+7 and the eight after them
-          ptx::ldmatrix_x4_trans(values, shared_v + (lane_v ^ static_cast<std::uint32_t>(j * 16)) +
+          ptx::ldmatrix_x4_trans(values, shared_v + (lane_qv ^ static_cast<std::uint32_t>(j * 16)) +
                                              static_cast<std::uint32_t>(step * 16 * kHeadDim * 2));
 #pragma unroll
           for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-            ptx::mma_m16n8k16<Element>(o[b][j], weights[b][step], values[0], values[1]);
-            ptx::mma_m16n8k16<Element>(o[b][j + 1], weights[b][step], values[2], values[3]);
+            ptx::mma_m16n8k16<kType>(&o[b][4 * j], &weights[b][4 * step], values[0], values[1]);
+            ptx::mma_m16n8k16<kType>(&o[b][4 * j + 4], &weights[b][4 * step], values[2], values[3]);
           }
         }
       }
@@ -241,44 +215,11 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
 
 #pragma unroll
     for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-#pragma unroll
-      for (std::int32_t h = 0; h < 2; ++h) {
-        float sum = row_sum[b][h];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const std::int32_t row = row_of(b, h);
-        const std::int32_t token_in_tile = row >> heads_shift;
-        if (token_in_tile >= item.q_rows_valid) continue;
-        const float max_log2 = row_max[b][h] * scale_log2;
-        if (item.partial_slot >= 0) {
-          const std::int64_t at = std::int64_t{item.partial_slot} * kTile.rows + row;
-          float* to = p.partial_o + at * kHeadDim + lane % 4 * 2;
-#pragma unroll
-          for (std::int32_t j = 0; j < kOutBlocks; ++j) {
-            *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[b][j][2 * h], o[b][j][2 * h + 1]);
-          }
-          if (lane % 4 == 0) reinterpret_cast<float2*>(p.partial_m_l)[at] = make_float2(max_log2, sum);
-        } else {
-          const std::int64_t token = item.q_row + token_in_tile;
-          const std::int32_t head = item.q_head + (row & (p.heads_per_tile - 1));
-          const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
-          auto* to = static_cast<Element*>(p.o) + token * p.o_token_stride + head * p.o_head_stride + lane % 4 * 2;
-#pragma unroll
-          for (std::int32_t j = 0; j < kOutBlocks; ++j) {
-            *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-                ptx::pack<Element>(o[b][j][2 * h] * inverse, o[b][j][2 * h + 1] * inverse);
-          }
-          if (p.lse != nullptr && lane % 4 == 0) {
-            constexpr float kLn2 = 0.693147180559945f;
-            p.lse[token * p.num_q_heads + head] = sum > 0 ? (max_log2 + log2f(sum)) * kLn2 : -INFINITY;
-          }
-        }
-      }
+      store_item_rows<kType, kTile.rows>(p.output, item, o[b], row_max[b], row_sum[b], p.scale_log2,
+                                         warp_row + 16 * b + lane / 4, lane);
     }
 
-    __syncthreads();  // everyone is done with the item, V and the previous next_index
-    if (threadIdx.x == 0) next_index = upcoming;
-    __syncthreads();
+    __syncthreads();  // everyone is done with the item and V; next_index is written
   }
 }
 

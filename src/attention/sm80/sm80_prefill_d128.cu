@@ -4,7 +4,8 @@
 namespace compact {
 
 Sm80Kernel sm80_kernel_d128(DType dtype) {
-  return dtype == DType::kF16 ? sm80_prefill_kernel<__half, 128> : sm80_prefill_kernel<__nv_bfloat16, 128>;
+  return dtype == DType::kF16 ? sm80_prefill_kernel<ptx::MmaType::kF16, 128>
+                              : sm80_prefill_kernel<ptx::MmaType::kBf16, 128>;
 }
 
 }  // namespace compact

@@ -4,7 +4,8 @@
 namespace compact {
 
 Sm80Kernel sm80_kernel_d256(DType dtype) {
-  return dtype == DType::kF16 ? sm80_prefill_kernel<__half, 256> : sm80_prefill_kernel<__nv_bfloat16, 256>;
+  return dtype == DType::kF16 ? sm80_prefill_kernel<ptx::MmaType::kF16, 256>
+                              : sm80_prefill_kernel<ptx::MmaType::kBf16, 256>;
 }
 
 }  // namespace compact

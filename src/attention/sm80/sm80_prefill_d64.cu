@@ -4,7 +4,8 @@
 namespace compact {
 
 Sm80Kernel sm80_kernel_d64(DType dtype) {
-  return dtype == DType::kF16 ? sm80_prefill_kernel<__half, 64> : sm80_prefill_kernel<__nv_bfloat16, 64>;
+  return dtype == DType::kF16 ? sm80_prefill_kernel<ptx::MmaType::kF16, 64>
+                              : sm80_prefill_kernel<ptx::MmaType::kBf16, 64>;
 }
 
 }  // namespace compact

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "src/attention/cuda/launch_kernel.h"
 #include "src/attention/epilogue.cuh"
 #include "src/attention/mask.cuh"
 #include "src/attention/sm90/arguments.h"
@@ -26,6 +27,7 @@
 #include "src/ptx/control.cuh"
 #include "src/ptx/ldmatrix.cuh"
 #include "src/ptx/mbarrier.cuh"
+#include "src/ptx/shared_address.cuh"
 #include "src/ptx/smem_descriptor.cuh"
 #include "src/ptx/tma.cuh"
 #include "src/ptx/wgmma.cuh"
@@ -46,9 +48,36 @@ struct Sm90RingPosition {
 // Mark in WorkItem::tile_end of the mailbox: there is no more work.
 inline constexpr int kSm90Stop = -1;
 
+template <Sm90Tile kTile>
+__device__ __forceinline__ void sm90_init_barriers(Sm90SharedPlan<kTile>& shared) {
+  for (int stage = 0; stage < kTile.stages; ++stage) {
+    ptx::mbarrier_init(&shared.k_full[stage], 1);
+    ptx::mbarrier_init(&shared.v_full[stage], 1);
+    ptx::mbarrier_init(&shared.k_empty[stage], kTile.consumer_warps());
+    ptx::mbarrier_init(&shared.v_empty[stage], kTile.consumer_warps());
+  }
+  ptx::mbarrier_init(&shared.q_full, 1);
+  ptx::mbarrier_init(&shared.q_empty, kTile.consumer_warps());
+  for (int slot = 0; slot < kSm90MailSlots; ++slot) {
+    ptx::mbarrier_init(&shared.mail_full[slot], 1);
+    ptx::mbarrier_init(&shared.mail_empty[slot], kTile.consumer_warps());
+  }
+  ptx::fence_mbarrier_init();
+#ifdef COMPACT_PTX_SPIN_LIMIT  // names for the addresses that mbarrier_wait reports
+  if (blockIdx.x == 0) {
+    printf("warp 0 loads, warps 4.. compute; barriers from: k_full %u k_empty %u v_full %u v_empty %u q_full %u ",
+           ptx::shared_address(shared.k_full), ptx::shared_address(shared.k_empty), ptx::shared_address(shared.v_full),
+           ptx::shared_address(shared.v_empty), ptx::shared_address(&shared.q_full));
+    printf("q_empty %u mail_full %u mail_empty %u\n", ptx::shared_address(&shared.q_empty),
+           ptx::shared_address(shared.mail_full), ptx::shared_address(shared.mail_empty));
+  }
+#endif
+}
+
 // The producer warp, all 32 lanes converged.
 template <Sm90Tile kTile>
 __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
+  const PrefillParams& params = arguments.params;
   constexpr int kPanels = kTile.panels();
   constexpr int kItemWords = sizeof(WorkItem) / 4;
   using Ring = Sm90RingPosition<kTile.stages>;
@@ -64,9 +93,9 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
   std::uint32_t q_parity = 0;
 
   for (int item_idx = static_cast<int>(blockIdx.x);;) {
-    const bool stop = item_idx >= *arguments.num_items;
+    const bool stop = item_idx >= *params.num_items;
     int word = kSm90Stop;
-    if (!stop && lane < kItemWords) word = reinterpret_cast<const int*>(arguments.work + item_idx)[lane];
+    if (!stop && lane < kItemWords) word = reinterpret_cast<const int*>(params.work + item_idx)[lane];
     const WorkItem& item = shared.mailbox[mail.stage];
     ptx::mbarrier_wait(&shared.mail_empty[mail.stage], mail.parity ^ 1);
     if (lane < kItemWords) reinterpret_cast<int*>(&shared.mailbox[mail.stage])[lane] = word;
@@ -74,14 +103,14 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
     if (lane == 0) ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);
     mail = mail.next();
     if (stop) break;
-    if (lane == 0) item_idx = atomicAdd(arguments.work_counter, 1);  // on its way while this item is loaded
+    if (lane == 0) item_idx = atomicAdd(params.work_counter, 1);  // on its way while this item is loaded
 
     if (item.tile_begin < item.tile_end) {
       // Page id of this lane's box; past the list -1, which as an unsigned number is out of bounds like a wrong id.
       auto page_id = [&](int tile) {
         const int coordinate = tile * kTile.tokens + box_row;
         const bool listed = loads && coordinate < item.list_tokens;
-        return listed ? arguments.page_ids[item.list_begin + (coordinate >> arguments.page_tokens_log2)] : -1;
+        return listed ? params.page_ids[item.list_begin + (coordinate >> params.page_tokens_log2)] : -1;
       };
       auto load_tile = [&](int tile, int page, void* stage, std::uint64_t* full, std::uint64_t* empty,
                            std::uint32_t parity, const CUtensorMap& map) {
@@ -91,8 +120,8 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
         if (loads) {
           // Page num_pages does not exist: TMA writes zeros.
           const int existing =
-              static_cast<int>(min(static_cast<unsigned>(page), static_cast<unsigned>(arguments.num_pages)));
-          const int row_in_page = (tile * kTile.tokens + box_row) & ((1 << arguments.page_tokens_log2) - 1);
+              static_cast<int>(min(static_cast<unsigned>(page), static_cast<unsigned>(params.num_pages)));
+          const int row_in_page = (tile * kTile.tokens + box_row) & ((1 << params.page_tokens_log2) - 1);
           const int offset = (panel * kTile.tokens + box_row) * ptx::kSwizzleRowBytes;
           ptx::tma_load_4d(static_cast<char*>(stage) + offset, &map, full, panel * kSm90PanelElements, row_in_page,
                            item.kv_head, existing);
@@ -141,7 +170,7 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
 
 // A consumer warpgroup.
 template <ptx::MmaType kType, Sm90Tile kTile>
-__device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
+__device__ __forceinline__ void sm90_consume(const PrefillParams& params, Sm90SharedPlan<kTile>& shared) {
   constexpr int kD = kTile.head_dim, kBN = kTile.tokens, kGroups = kTile.consumer_groups();
   constexpr int kPanelSteps = kSm90PanelElements / 16;  // reduction steps of Q K^T per panel
   using MmaQk = ptx::Wgmma<kType, kBN>;
@@ -150,7 +179,7 @@ __device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm9
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // This thread's rows of the tile: first_row and first_row + 8.
   const int first_row = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-  const float scale_log2 = arguments.scale_log2;
+  const float scale_log2 = params.scale_log2;
 
   const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(ptx::shared_address(&shared.q[0][64 * group]));
   const ptx::SmemDescriptor k_descriptor = ptx::k_major_descriptor(ptx::shared_address(&shared.k));
@@ -175,8 +204,6 @@ __device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm9
   auto issue_qk = [&](int stage) {
     const ptx::SmemDescriptor k = k_descriptor.advanced(stage * kTile.kv_bytes()).uniform();
 #pragma unroll
-    for (float& x : s) x = 0.0f;
-#pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
       const int panel = step / kPanelSteps, column_bytes = step % kPanelSteps * 32;
       const std::uint64_t k_step = k.advanced(panel * int{sizeof(shared.k[0][0])} + column_bytes).bits();
@@ -197,7 +224,12 @@ __device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm9
     }
     ptx::wgmma_commit();
   };
+  // Before wgmma: the registers that other instructions changed. The scores are zeroed although the first step of Q K^T
+  // ignores them: otherwise the old ones count as live.
   auto fence_mma = [&] {
+#pragma unroll
+    for (float& x : s) x = 0.0f;
+    ptx::pin_registers(s);
     ptx::pin_registers(p);
     ptx::pin_registers(o);
     ptx::wgmma_fence();
@@ -227,8 +259,8 @@ __device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm9
       --tile;
       // Columns that a row sees, counted from the start of the list.
       const int visible_end[2] = {
-          min(item.list_tokens, item.visible_base + (first_row >> arguments.heads_per_tile_log2) + 1),
-          min(item.list_tokens, item.visible_base + ((first_row + 8) >> arguments.heads_per_tile_log2) + 1)};
+          min(item.list_tokens, item.visible_base + (first_row >> params.output.heads_per_tile_log2) + 1),
+          min(item.list_tokens, item.visible_base + ((first_row + 8) >> params.output.heads_per_tile_log2) + 1)};
       auto mask = [&](int tile) { mask_columns(s, {visible_end[0] - tile * kBN, visible_end[1] - tile * kBN}, lane); };
 
       ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -323,34 +355,7 @@ __device__ __forceinline__ void sm90_consume(const Sm90Arguments& arguments, Sm9
       ring = ring.next();
     }
 
-    const float sum[2] = {quad_sum(row_sum[0]), quad_sum(row_sum[1])};
-    if (item.partial_slot >= 0) {
-      const std::int64_t slot_row = std::int64_t{item.partial_slot} * kTile.rows + first_row;
-      store_partial_rows(o, {arguments.partial_o + slot_row * kD, arguments.partial_o + (slot_row + 8) * kD}, lane);
-      if (lane % 4 == 0) {
-        for (int h = 0; h < 2; ++h) {
-          reinterpret_cast<float2*>(arguments.partial_m_l)[slot_row + 8 * h] =
-              make_float2(row_max[h] * scale_log2, sum[h]);
-        }
-      }
-    } else {
-      std::uint16_t* rows[2];
-      float factor[2];
-      for (int h = 0; h < 2; ++h) {
-        const int row = first_row + 8 * h, token = row >> arguments.heads_per_tile_log2;
-        const int head = item.q_head + (row & ((1 << arguments.heads_per_tile_log2) - 1));
-        const bool exists = token < item.q_rows_valid;
-        const std::int64_t q_row = item.q_row + token;
-        rows[h] = exists ? arguments.o + q_row * arguments.o_token_stride + head * arguments.o_head_stride : nullptr;
-        factor[h] = sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
-        if (arguments.lse != nullptr && exists && lane % 4 == 0) {
-          constexpr float kLn2 = 0.693147180559945309f;
-          // A row that saw nothing: maximum and log2(0) are -inf, and so is their sum.
-          arguments.lse[q_row * arguments.num_q_heads + head] = (row_max[h] * scale_log2 + log2f(sum[h])) * kLn2;
-        }
-      }
-      store_output_rows<kType>(o, factor, rows, lane);
-    }
+    store_item_rows<kType, kTile.rows>(params.output, item, o, row_max, row_sum, scale_log2, first_row, lane);
     release(&shared.mail_empty[mail.stage]);
     mail = mail.next();
   }
@@ -379,19 +384,7 @@ __global__ void __launch_bounds__(TileType::kTile.threads(), 1)
     ptx::prefetch_tensor_map(&arguments.q_map);
     ptx::prefetch_tensor_map(&arguments.k_map);
     ptx::prefetch_tensor_map(&arguments.v_map);
-    for (int stage = 0; stage < kTile.stages; ++stage) {
-      ptx::mbarrier_init(&shared.k_full[stage], 1);
-      ptx::mbarrier_init(&shared.v_full[stage], 1);
-      ptx::mbarrier_init(&shared.k_empty[stage], kTile.consumer_warps());
-      ptx::mbarrier_init(&shared.v_empty[stage], kTile.consumer_warps());
-    }
-    ptx::mbarrier_init(&shared.q_full, 1);
-    ptx::mbarrier_init(&shared.q_empty, kTile.consumer_warps());
-    for (int slot = 0; slot < kSm90MailSlots; ++slot) {
-      ptx::mbarrier_init(&shared.mail_full[slot], 1);
-      ptx::mbarrier_init(&shared.mail_empty[slot], kTile.consumer_warps());
-    }
-    ptx::fence_mbarrier_init();
+    sm90_init_barriers<kTile>(shared);
   }
   __syncthreads();
   ptx::griddep_wait();  // work, lists, Q, K and V are written; nobody reads the output's old content any more
@@ -401,28 +394,27 @@ __global__ void __launch_bounds__(TileType::kTile.threads(), 1)
     if (threadIdx.x < 32) sm90_produce<kTile>(arguments, shared);
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
-    sm90_consume<kType, kTile>(arguments, shared);
+    sm90_consume<kType, kTile>(arguments.params, shared);
   }
 #endif
 }
 
-template <ptx::MmaType kType, class TileType>
-[[nodiscard]] cudaError_t sm90_run(const Sm90Arguments& arguments, int num_sms, cudaStream_t stream) {
+template <class TileType>
+[[nodiscard]] cudaError_t sm90_run_kernel(void (*kernel)(Sm90Arguments), const Sm90Arguments& arguments,
+                                          cudaStream_t stream) {
   constexpr int kBytes = kSm90SharedBytes<TileType::kTile>;
-  const auto kernel = sm90_prefill_kernel<kType, TileType>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute dependent_launch;  // may begin before its predecessor ends; it waits before it reads
-  dependent_launch.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent_launch.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_sms));
-  config.blockDim = dim3(TileType::kTile.threads());
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &dependent_launch;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  return launch_kernel(kernel, arguments.params.num_workers, TileType::kTile.threads(), kBytes, true, stream,
+                       arguments);
+}
+
+template <class TileType>
+[[nodiscard]] cudaError_t sm90_run(const Sm90Arguments& arguments, cudaStream_t stream) {
+  return sm90_run_kernel<TileType>(arguments.params.dtype == DType::kF16
+                                       ? sm90_prefill_kernel<ptx::MmaType::kF16, TileType>
+                                       : sm90_prefill_kernel<ptx::MmaType::kBf16, TileType>,
+                                   arguments, stream);
 }
 
 }  // namespace compact

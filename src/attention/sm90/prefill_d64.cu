@@ -7,9 +7,8 @@ struct Tile {
 };
 }  // namespace
 
-cudaError_t sm90_run_d64(DType dtype, const Sm90Arguments& arguments, int num_sms, cudaStream_t stream) {
-  return dtype == DType::kBF16 ? sm90_run<ptx::MmaType::kBf16, Tile>(arguments, num_sms, stream)
-                               : sm90_run<ptx::MmaType::kF16, Tile>(arguments, num_sms, stream);
+cudaError_t sm90_run_d64(const Sm90Arguments& arguments, cudaStream_t stream) {
+  return sm90_run<Tile>(arguments, stream);
 }
 
 }  // namespace compact

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "src/attention/work_item.h"
-#include "src/ptx/host_device.h"
+#include "src/core/host_device.h"
 
 namespace compact {
 
@@ -24,15 +24,15 @@ struct Sm90Tile {
   bool turns;        // warpgroups issue their GEMMs in turn, so that softmax of one runs under the GEMMs of another
   bool q_registers;  // Q is the register operand of Q K^T: a third less shared-memory traffic, D/4 registers
 
-  COMPACT_HOST_DEVICE constexpr int panels() const { return head_dim / kSm90PanelElements; }
-  COMPACT_HOST_DEVICE constexpr int consumer_groups() const { return rows / 64; }
-  COMPACT_HOST_DEVICE constexpr int consumer_warps() const { return 4 * consumer_groups(); }
-  COMPACT_HOST_DEVICE constexpr int threads() const { return 128 * (1 + consumer_groups()); }
-  COMPACT_HOST_DEVICE constexpr int q_bytes() const { return rows * head_dim * 2; }
-  COMPACT_HOST_DEVICE constexpr int kv_bytes() const { return tokens * head_dim * 2; }  // K or V of one stage
+  CA_HOST_DEVICE constexpr int panels() const { return head_dim / kSm90PanelElements; }
+  CA_HOST_DEVICE constexpr int consumer_groups() const { return rows / 64; }
+  CA_HOST_DEVICE constexpr int consumer_warps() const { return 4 * consumer_groups(); }
+  CA_HOST_DEVICE constexpr int threads() const { return 128 * (1 + consumer_groups()); }
+  CA_HOST_DEVICE constexpr int q_bytes() const { return rows * head_dim * 2; }
+  CA_HOST_DEVICE constexpr int kv_bytes() const { return tokens * head_dim * 2; }  // K or V of one stage
   // setmaxnreg budgets; the sum over warpgroups must fit the 64 K registers of an SM.
-  COMPACT_HOST_DEVICE constexpr int producer_registers() const { return consumer_groups() == 2 ? 24 : 32; }
-  COMPACT_HOST_DEVICE constexpr int consumer_registers() const { return consumer_groups() == 2 ? 240 : 160; }
+  CA_HOST_DEVICE constexpr int producer_registers() const { return consumer_groups() == 2 ? 24 : 32; }
+  CA_HOST_DEVICE constexpr int consumer_registers() const { return consumer_groups() == 2 ? 240 : 160; }
 };
 
 inline constexpr Sm90Tile kSm90TileD64{64, 192, 128, 4, true, true, false};
@@ -43,7 +43,6 @@ inline constexpr Sm90Tile kSm90TileD256{256, 128, 64, 2, true, false, false};
 constexpr Sm90Tile sm90_tile(int head_dim) {
   return head_dim == 64 ? kSm90TileD64 : head_dim == 128 ? kSm90TileD128 : head_dim == 256 ? kSm90TileD256 : Sm90Tile{};
 }
-inline constexpr int kSm90MaxHeadsPerTile = 64;  // a power of two up to this divides every BM
 
 // Named barriers (id 0 is __syncthreads, which nobody calls after the roles split).
 enum Sm90NamedBarrier : int {

@@ -32,6 +32,10 @@ Status encode_tensor_map(CUtensorMap& map, const char* name, DType dtype, const 
   }
   std::uint64_t stride_bytes[4];
   for (std::size_t i = 0; i < strides.size(); ++i) {
+    if (sizes[i + 1] == 1) {  // never used, yet the driver wants a legal one
+      stride_bytes[i] = sizes[0] * kElementBytes;
+      continue;
+    }
     stride_bytes[i] = static_cast<std::uint64_t>(strides[i]) * kElementBytes;
     if (strides[i] <= 0 || strides[i] % 8 != 0 || stride_bytes[i] >= kMaxStrideBytes) {
       return invalid_argument(std::string("tensor map of ") + name + ": stride " + std::to_string(strides[i]) +

@@ -15,7 +15,8 @@ namespace compact {
 ///
 /// name     for messages, e.g. "K"
 /// sizes    [rank]      elements, each >= 1
-/// strides  [rank - 1]  elements between neighbours in dimension 1, 2, ...; multiples of 8, in any order of size
+/// strides  [rank - 1]  elements between neighbours in dimension 1, 2, ...; multiples of 8, in any order of size; that
+///                      of a dimension of size 1 may be anything
 /// box      [rank]      elements; box[0] * 2 bytes is the swizzled row, 128 bytes
 /// Errors: kInvalidArgument (alignment, driver refuses the map), kUnsupported (driver has no tensor maps).
 [[nodiscard]] Status encode_tensor_map(CUtensorMap& map, const char* name, DType dtype, const void* base,

@@ -1,5 +1,6 @@
-#include "src/attention/cuda/launch.h"
 #include "src/attention/sm80/launch.h"
+
+#include "src/attention/cuda/launch_kernel.h"
 
 namespace compact {
 namespace {
@@ -34,14 +35,13 @@ cudaError_t sm80_ctas_per_sm(DType dtype, std::int32_t head_dim, std::int32_t* c
   return occupancy;
 }
 
-cudaError_t sm80_launch_prefill(const PrefillParams& params, bool pdl) {
+cudaError_t sm80_launch_prefill(const PrefillParams& params, bool pdl, cudaStream_t stream) {
   const Sm80Kernel kernel = kernel_for(params.dtype, params.head_dim);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const Sm80Tile tile = sm80_tile(params.head_dim);
   const cudaError_t error = allow_shared_memory(kernel, tile);
   if (error != cudaSuccess) return error;
-  return launch_kernel(kernel, params.num_workers, tile.threads(), tile.smem_bytes(), pdl,
-                       static_cast<cudaStream_t>(params.stream), params);
+  return launch_kernel(kernel, params.num_workers, tile.threads(), tile.smem_bytes(), pdl, stream, params);
 }
 
 }  // namespace compact

@@ -1,8 +1,0 @@
-// Functions that host code, tests on the CPU and kernels share.
-#pragma once
-
-#ifdef __CUDACC__
-#define COMPACT_HOST_DEVICE __host__ __device__
-#else
-#define COMPACT_HOST_DEVICE
-#endif
