@@ -82,8 +82,8 @@ std::vector<Case> fixed_set() {
 struct Row {
   std::string name;
   std::string backend;
-  Times total;
-  Times prepare, combine;
+  Times total = {};
+  Times prepare = {}, combine = {};
   double tflops = 0;
   double dense_tflops = 0;
 };

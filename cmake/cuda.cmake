@@ -8,15 +8,14 @@ set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
 find_package(CUDAToolkit 12.8 REQUIRED)
 message(STATUS "CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
-# Fails a compilation in which ptxas spills registers or serialises wgmma; wants -Xptxas=-v.
-set(COMPACT_CUDA_LAUNCHER ${PROJECT_SOURCE_DIR}/scripts/check_ptxas ${CMAKE_CUDA_COMPILER_LAUNCHER})
-
-# compact_add_kernels(<name> <architectures> SOURCES <file.cu ...>): an object library that passes that check.
+# compact_add_kernels(<name> <architectures> SOURCES <file.cu ...>): an object library whose build fails if ptxas spills
+# registers or serialises wgmma.
 function(compact_add_kernels name architectures)
   cmake_parse_arguments(PARSE_ARGV 2 arg "" "" "SOURCES")
   add_library(${name} OBJECT ${arg_SOURCES})
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" POSITION_INDEPENDENT_CODE ON)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include)
   target_compile_options(${name} PRIVATE --expt-relaxed-constexpr -Xptxas=-v)
-  set_property(TARGET ${name} PROPERTY CUDA_COMPILER_LAUNCHER ${COMPACT_CUDA_LAUNCHER})
+  set_property(TARGET ${name} PROPERTY CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/scripts/check_ptxas
+                                                               ${CMAKE_CUDA_COMPILER_LAUNCHER})
 endfunction()

@@ -17,6 +17,16 @@ enum class CudaBackend : std::int32_t {
   kSm80 = 2,  ///< cp.async and mma.sync; sm_80 and later
 };
 
+struct CudaDevice {
+  std::int32_t capability = 0;  // 10 * major + minor
+  std::int32_t num_sms = 0;
+  CudaBackend backend = CudaBackend::kSm80;  // what kAuto means on it
+};
+
+/// The calling thread's current device. Errors: kUnsupported (build without CUDA, compute capability below 8.0),
+/// kCudaError (no driver, no device).
+[[nodiscard]] Result<CudaDevice> current_cuda_device();
+
 /// All pointers are device pointers. q, k and v have kv.dtype, bf16 or f16. Base addresses are multiples of 16 bytes,
 /// strides multiples of 8 elements. D is 64, 128 or 256; P a power of two from 16 to 256.
 /// Sizes are host numbers; what the lists hold is known to the device alone.
@@ -76,7 +86,7 @@ enum class CudaAttentionError : std::int32_t {
                                                                const CudaAttentionOptions& options);
 
 /// o and lse of every unit. Units must not share rows. Errors: kInvalidArgument (the field, the value seen, what is
-/// allowed), kUnsupported (head dimension, dtype, page size, device, build without CUDA), kInternal (CUDA's own text).
+/// allowed), kUnsupported (head dimension, dtype, page size, device, build without CUDA), kCudaError.
 [[nodiscard]] Status attend_cuda(const CudaAttentionInput& input, const CudaAttentionOutput& output,
                                  const CudaAttentionOptions& options, void* workspace, std::int64_t workspace_bytes,
                                  void* stream);

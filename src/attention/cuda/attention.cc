@@ -30,25 +30,8 @@ Status missing(fmt::format_string<Args...> text, Args&&... args) {
 
 Status cuda_status(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
-  return internal_error(
+  return cuda_error(
       fmt::format("attention (cuda): {}: {} ({})", what, cudaGetErrorString(error), cudaGetErrorName(error)));
-}
-
-struct Device {
-  std::int32_t num_sms = 0;
-  std::int32_t capability = 0;  // 10 * major + minor
-};
-
-Result<Device> current_device() {
-  int device = 0;
-  CA_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "no current device"));
-  int sms = 0, major = 0, minor = 0;
-  CA_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device query"));
-  CA_RETURN_IF_ERROR(
-      cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query"));
-  CA_RETURN_IF_ERROR(
-      cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query"));
-  return Device{sms, 10 * major + minor};
 }
 
 std::int32_t log2_exact(std::int32_t power_of_two) {
@@ -126,19 +109,28 @@ Status check_tensors(const CudaAttentionInput& input, const CudaAttentionOutput&
 
 }  // namespace
 
+Result<CudaDevice> current_cuda_device() {
+  int device = 0, sms = 0, major = 0, minor = 0;
+  const auto query = [&](int& value, cudaDeviceAttr attribute) {
+    return cuda_status(cudaDeviceGetAttribute(&value, attribute, device), "device query");
+  };
+  CA_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "no current device"));
+  CA_RETURN_IF_ERROR(query(sms, cudaDevAttrMultiProcessorCount));
+  CA_RETURN_IF_ERROR(query(major, cudaDevAttrComputeCapabilityMajor));
+  CA_RETURN_IF_ERROR(query(minor, cudaDevAttrComputeCapabilityMinor));
+  if (major < 8) return missing("the device has compute capability {}.{}; 8.0 or later", major, minor);
+  return CudaDevice{10 * major + minor, sms, major == 9 ? CudaBackend::kSm90 : CudaBackend::kSm80};
+}
+
 Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
   CA_RETURN_IF_ERROR(check_sizes(input, options));
-  CA_ASSIGN_OR_RETURN(const Device device, current_device());
-  if (device.capability < 80) {
-    return missing("the device has compute capability {}.{}; 8.0 or later", device.capability / 10,
-                   device.capability % 10);
-  }
+  CA_ASSIGN_OR_RETURN(const CudaDevice device, current_cuda_device());
   CudaPlan plan;
   plan.num_sms = device.num_sms;
   plan.pdl = device.capability >= 90;
-  const bool hopper = device.capability / 10 == 9;
+  const bool hopper = device.backend == CudaBackend::kSm90;
   switch (options.backend) {
-    case CudaBackend::kAuto: plan.backend = hopper ? CudaBackend::kSm90 : CudaBackend::kSm80; break;
+    case CudaBackend::kAuto: plan.backend = device.backend; break;
     case CudaBackend::kSm80: plan.backend = CudaBackend::kSm80; break;
     case CudaBackend::kSm90:
       if (!hopper) {

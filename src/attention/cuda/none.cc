@@ -11,6 +11,8 @@ Status no_cuda() {
 
 }  // namespace
 
+Result<CudaDevice> current_cuda_device() { return no_cuda(); }
+
 Result<std::int64_t> attend_cuda_workspace_bytes(const CudaAttentionInput&, const CudaAttentionOptions&) {
   return no_cuda();
 }

@@ -104,7 +104,7 @@ Status attend_cuda_reference(const CudaAttentionInput& input, float* o, float* l
   kernel<<<dim3(static_cast<unsigned>(input.max_units), blocks), 256, 0, static_cast<cudaStream_t>(stream)>>>(
       ReferenceArgs{input, o, lse});
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? Status() : internal_error(std::string("attention reference: ") + cudaGetErrorString(error));
+  return error == cudaSuccess ? Status() : cuda_error(std::string("attention reference: ") + cudaGetErrorString(error));
 }
 
 }  // namespace compact

@@ -38,7 +38,7 @@ Status sm90_launch_prefill(const PrefillParams& params, cudaStream_t stream) {
   const auto run = params.head_dim == 64 ? sm90_run_d64 : params.head_dim == 128 ? sm90_run_d128 : sm90_run_d256;
   const cudaError_t error = run(arguments, stream);
   if (error != cudaSuccess) {
-    return internal_error(std::string("attention (cuda): launch of the sm90 kernel: ") + cudaGetErrorString(error));
+    return cuda_error(std::string("attention (cuda): launch of the sm90 kernel: ") + cudaGetErrorString(error));
   }
   return {};
 }

@@ -11,7 +11,7 @@ namespace compact {
 
 // Item tiles are in units of sm90_tile(head_dim); num_workers is the number of SMs: one CTA owns all shared memory of
 // its SM. The kernel may be launched while its predecessor still runs. Errors: kInvalidArgument (the driver refuses a
-// tensor map), kUnsupported (no tensor maps in the driver), kInternal with the text of the CUDA error.
+// tensor map), kUnsupported (no tensor maps in the driver), kCudaError.
 [[nodiscard]] Status sm90_launch_prefill(const PrefillParams& params, cudaStream_t stream);
 
 }  // namespace compact

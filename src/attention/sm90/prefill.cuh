@@ -224,15 +224,16 @@ __device__ __forceinline__ void sm90_consume(const PrefillParams& params, Sm90Sh
     }
     ptx::wgmma_commit();
   };
-  // Before wgmma: the registers that other instructions changed. The scores are zeroed although the first step of Q K^T
-  // ignores them: otherwise the old ones count as live.
-  auto fence_mma = [&] {
+  // Before wgmma_fence: the registers that other instructions changed. Scores are zeroed although the first step of
+  // Q K^T ignores them: otherwise the old ones count as live.
+  auto ready_qk = [&] {
 #pragma unroll
     for (float& x : s) x = 0.0f;
     ptx::pin_registers(s);
+  };
+  auto ready_pv = [&] {
     ptx::pin_registers(p);
     ptx::pin_registers(o);
-    ptx::wgmma_fence();
   };
   auto wait_turn = [&] {
     if constexpr (kTile.turns) ptx::named_barrier_sync(kSm90TurnBarrier + group, 256);
@@ -278,7 +279,8 @@ __device__ __forceinline__ void sm90_consume(const PrefillParams& params, Sm90Sh
 
       // First tile: nothing to overlap with.
       ptx::mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
-      fence_mma();
+      ready_qk();
+      ptx::wgmma_fence();
       issue_qk(ring.stage);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(s);
@@ -310,19 +312,23 @@ __device__ __forceinline__ void sm90_consume(const PrefillParams& params, Sm90Sh
         if constexpr (kTile.overlap) {
           ptx::mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
           wait_turn();
-          fence_mma();
+          ready_qk();
+          ready_pv();
+          ptx::wgmma_fence();
           issue_qk(k_ring.stage);
           issue_pv(ring.stage);
           pass_turn();
           ptx::wgmma_wait<1>();
           ptx::pin_registers(s);
         } else {
-          fence_mma();
+          ready_pv();
+          ptx::wgmma_fence();
           issue_pv(ring.stage);
           ptx::wgmma_wait<0>();
           ptx::pin_registers(o);
           ptx::mbarrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
-          fence_mma();
+          ready_qk();
+          ptx::wgmma_fence();
           issue_qk(k_ring.stage);
           ptx::wgmma_wait<0>();
           ptx::pin_registers(s);
@@ -347,7 +353,8 @@ __device__ __forceinline__ void sm90_consume(const PrefillParams& params, Sm90Sh
       while (tile > last_masked) step.template operator()<true>();
       while (tile > tile_begin) step.template operator()<false>();
 
-      fence_mma();
+      ready_pv();
+      ptx::wgmma_fence();
       issue_pv(ring.stage);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
