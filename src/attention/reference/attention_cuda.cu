@@ -1,11 +1,11 @@
-#include "src/attention/reference/attention_cuda.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <string>
 #include <type_traits>
+
+#include "src/attention/reference/attention_cuda.h"
 
 namespace compact {
 namespace {
