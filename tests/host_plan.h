@@ -59,8 +59,9 @@ struct HostPlan {
 };
 
 inline HostPlan host_plan(const Schedule& schedule, const std::vector<AttentionUnit>& units, std::int32_t max_m_tiles,
-                          std::int32_t max_slots) {
+                          std::int32_t max_slots, std::int32_t found_by_check = 0) {
   HostPlan plan;
+  plan.error = found_by_check;
   const auto room = [](std::int32_t n) { return static_cast<std::size_t>(n); };
   plan.items.resize(room(max_m_tiles + max_slots));
   plan.slots.resize(room(max_slots));
@@ -76,7 +77,8 @@ inline HostPlan host_plan(const Schedule& schedule, const std::vector<AttentionU
                          .m_begin = m_begin.data(),
                          .step_begin = step_begin.data(),
                          .slot_begin = slot_begin.data(),
-                         .error = &plan.error};
+                         .error = &plan.error,
+                         .checked = found_by_check != 0};
   HostBlock block;
   prepare_work(block, args);
   plan.items.resize(room(plan.header.num_items));

@@ -24,7 +24,7 @@ static_assert(offsetof(ca_attention_unit, causal_shift) == offsetof(AttentionUni
 static_assert(CA_DTYPE_F32 == static_cast<int>(DType::kF32));
 static_assert(CA_DTYPE_BF16 == static_cast<int>(DType::kBF16));
 static_assert(CA_DTYPE_F16 == static_cast<int>(DType::kF16));
-static_assert(sizeof(ca_attention) == 168 && sizeof(ca_cuda_options) == 40, "version 1");
+static_assert(sizeof(ca_attention) == 160 && sizeof(ca_cuda_options) == 40, "version 1");
 
 const AttentionUnit* units_of(const ca_attention& a) { return reinterpret_cast<const AttentionUnit*>(a.units); }
 

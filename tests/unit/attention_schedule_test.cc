@@ -140,6 +140,15 @@ TEST(AttentionSchedule, BoundsAreReported) {
   EXPECT_EQ(plan.header.num_items, 0);
 }
 
+TEST(AttentionSchedule, NoWorkAfterAFailedCheck) {
+  const AttentionUnit unit{.q_len = 1024, .list_tokens = 8192, .past_tokens = 8192};
+  const auto bad_unit = static_cast<std::int32_t>(CudaAttentionError::kBadUnit);
+  const HostPlan plan = host_plan(h200(), {unit}, 32, 528, bad_unit);
+  EXPECT_EQ(plan.error, bad_unit);
+  EXPECT_EQ(plan.header.num_items, 0);
+  EXPECT_EQ(plan.header.num_slots, 0);
+}
+
 struct RandomBatch {
   Schedule schedule;
   std::vector<AttentionUnit> units;

@@ -112,7 +112,7 @@ TEST_F(CApi, EveryMistakeHasItsCodeAndSentence) {
   expect_refused(ca_attention_run_cpu(nullptr, pool), CA_INVALID_ARGUMENT, "attention is null");
   expect_refused(ca_attention_run_cpu(&attention, nullptr), CA_INVALID_ARGUMENT, "pool is null");
   expect_refused(run([](ca_attention& a) { a.struct_size = 0; }), CA_INVALID_ARGUMENT, "struct_size is 0");
-  expect_refused(run([](ca_attention& a) { a.struct_size = 176; }), CA_INVALID_ARGUMENT, "struct_size is 176");
+  expect_refused(run([](ca_attention& a) { a.struct_size = 168; }), CA_INVALID_ARGUMENT, "struct_size is 168");
   expect_refused(run([](ca_attention& a) { a.num_units = -1; }), CA_INVALID_ARGUMENT, "num_units is -1");
   expect_refused(run([](ca_attention& a) { a.units = nullptr; }), CA_INVALID_ARGUMENT, "units is null");
   expect_refused(run([](ca_attention& a) { a.page_ids = nullptr; }), CA_INVALID_ARGUMENT, "page_ids is null");
