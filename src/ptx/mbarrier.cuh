@@ -48,7 +48,7 @@ static __device__ volatile int spin_limit_reached;  // once a wait is given up, 
 
 // Waits until the phase of this parity is complete. A fresh barrier has "completed" parity 1.
 // COMPACT_PTX_SPIN_LIMIT (clock cycles) is for finding out why a kernel hangs: a wait that takes longer says who waits
-// for which barrier, and goes on with wrong data.
+// for which barrier, and goes on with wrong data. After the first, only waits that are half way there report too.
 __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
 #ifdef COMPACT_PTX_SPIN_LIMIT
   const long long begin = clock64();
