@@ -16,7 +16,8 @@ namespace {
 // Exhausted KV pages count as bad arguments: the user chose too few for the prompt.
 int exit_code(const compact::Status& status) {
   if (status.ok()) return 0;
-  return status.code() == compact::StatusCode::kInternal ? 1 : 2;
+  using compact::StatusCode;
+  return status.code() == StatusCode::kInternal || status.code() == StatusCode::kCudaError ? 1 : 2;
 }
 
 }  // namespace

@@ -15,16 +15,15 @@ struct alignas(64) WorkItem {
   std::int32_t q_head;        // first query head of the tile
   std::int32_t kv_head;
   std::int32_t list_begin;    // first entry in page_ids
-  std::int32_t list_pages;    // entries of the list
   std::int32_t list_tokens;   // tokens covered by the list
   std::int32_t visible_base;  // past_tokens + causal_shift + index of the tile's first query in its unit
   std::int32_t tile_begin;    // KV tiles [tile_begin, tile_end); equal: write zeros and -inf
   std::int32_t tile_end;
   std::int32_t first_masked_tile;  // tiles below it are wholly visible to every row
   std::int32_t partial_slot;       // -1: this piece writes the final result
-  std::int32_t unit;               // for debugging and combine
+  std::int32_t unit;               // where the item comes from: for tests and debugging
   std::int32_t m_tile;
-  std::int32_t reserved[2];
+  std::int32_t reserved[3];
 };
 static_assert(sizeof(WorkItem) == 64);
 
