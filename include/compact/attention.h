@@ -56,9 +56,23 @@ struct AttentionOutput {
 /// Errors: kInvalidArgument with the unit and the value seen.
 [[nodiscard]] Status attend_reference(const AttentionInput& input, const AttentionOutput& output);
 
-/// CPU kernel: SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...), blocked, online softmax, GQA rows packed. Pages
-/// are read in place. Deterministic for any number of threads. Same contract and errors as the reference.
-[[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool);
+/// How the CPU multiplies. fp32 runs everywhere, on any cache. The bf16 kernels need a bf16 cache; they round Q and the
+/// softmax weights to bf16 and add in fp32.
+enum class CpuKernel : std::int32_t {
+  kAuto = 0,     ///< the best that machine and cache allow
+  kF32 = 1,      ///< SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...)
+  kBf16Dot = 2,  ///< AVX512_BF16
+  kBf16Amx = 3,  ///< AMX-BF16 tiles
+};
+[[nodiscard]] const char* cpu_kernel_name(CpuKernel kernel) noexcept;
+/// What kAuto means here for a cache of this type.
+[[nodiscard]] CpuKernel best_cpu_kernel(DType dtype) noexcept;
+
+/// CPU backend: blocked, online softmax, GQA rows packed; pages are read in place. Units of up to 8 rows (decode) take
+/// a kernel of their own that splits long lists over the threads. Deterministic for any number of threads. Same
+/// contract and errors as the reference, and kUnsupported for a kernel that the machine lacks.
+[[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool,
+                                CpuKernel kernel = CpuKernel::kAuto);
 
 /// Attention of the same rows over one part of their keys.
 struct AttentionPartial {
@@ -71,7 +85,7 @@ struct AttentionPartial {
 /// memory. Errors: kInvalidArgument (no part, shapes that differ, a missing LSE).
 [[nodiscard]] Status merge_partials(std::span<const AttentionPartial> parts, const AttentionOutput& output);
 
-/// Name of the instruction set that attend_cpu uses on this machine, e.g. "AVX3". Static storage.
+/// Name of the instruction set that the vector code of attend_cpu uses on this machine, e.g. "AVX3". Static storage.
 [[nodiscard]] const char* cpu_attention_target() noexcept;
 
 /// Why a chunk ran dense. Printed and counted; dense is never silent (docs/design/method.md section 7).
