@@ -55,6 +55,7 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
   }
 
   const std::span<const ChunkView> chunks(&chunk, 1);
+  options_.unite.cost = cpu_cost_model(best_cpu_kernel(kv.dtype));
   const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_, kv.page_tokens,
                                kv.num_pages, options_.forced, options_.unite};
   DenseReason reason = DenseReason::kSelector;

@@ -65,6 +65,8 @@ enum class CpuKernel : std::int32_t {
   kBf16Amx = 3,  ///< AMX-BF16 tiles
 };
 [[nodiscard]] const char* cpu_kernel_name(CpuKernel kernel) noexcept;
+/// Whether this machine has the instructions, and the system lends them.
+[[nodiscard]] bool cpu_kernel_available(CpuKernel kernel) noexcept;
 /// What kAuto means here for a cache of this type.
 [[nodiscard]] CpuKernel best_cpu_kernel(DType dtype) noexcept;
 
@@ -88,6 +90,10 @@ struct AttentionPartial {
 /// Name of the instruction set that the vector code of attend_cpu uses on this machine, e.g. "AVX3". Static storage.
 [[nodiscard]] const char* cpu_attention_target() noexcept;
 
+/// What attend_cpu pays for a unit with this kernel, for UnionOptions::cost: fitted by benchmarks/cost_model_bench,
+/// figures in benchmarks/results/cost_model_cpu.json.
+[[nodiscard]] CostModel cpu_cost_model(CpuKernel kernel) noexcept;
+
 /// Why a chunk ran dense. Printed and counted; dense is never silent (docs/design/method.md section 7).
 enum class DenseReason : std::int32_t {
   kNone = 0,          ///< the lists of the selector were used
@@ -100,7 +106,9 @@ inline constexpr std::int32_t kNumDenseReasons = 5;
 [[nodiscard]] const char* dense_reason_name(DenseReason reason) noexcept;
 
 struct CrossoverPolicy {
-  std::int32_t min_context_tokens = 2048;
+  /// From here on the default mean-key policy gains on the CPU (benchmarks/results/step_cpu.json): with fewer than 33
+  /// pages even a page of average energy passes its share threshold of 0.03.
+  std::int32_t min_context_tokens = 4096;
   /// Lists are used only if their modelled cost times (1 + this) stays below dense: 154/1024 = 0.15.
   std::int32_t margin_1024ths = 154;
 };

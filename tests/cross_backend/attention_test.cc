@@ -385,7 +385,8 @@ TEST(AttentionCpuKernel, NamesAndRefusals) {
   const Status status = cpu::attend_cpu_with(&cpu::emulated_product(), problem.input, problem.output, pool);
   EXPECT_EQ(status.message(), "attention: kernel emulated and a cache of f32; it needs bf16");
   for (const CpuKernel kernel : {CpuKernel::kBf16Dot, CpuKernel::kBf16Amx}) {
-    const bool here = (kernel == CpuKernel::kBf16Dot ? cpu::dot_product() : cpu::amx_product()) != nullptr;
+    const bool here = cpu_kernel_available(kernel);
+    EXPECT_EQ(here, (kernel == CpuKernel::kBf16Dot ? cpu::dot_product() : cpu::amx_product()) != nullptr);
     const Status refused = attend_cpu(problem.input, problem.output, pool, kernel);
     EXPECT_EQ(refused.code(), here ? StatusCode::kInvalidArgument : StatusCode::kUnsupported) << refused.message();
   }

@@ -191,10 +191,25 @@ const char* cpu_kernel_name(CpuKernel kernel) noexcept {
   return "unknown";
 }
 
+bool cpu_kernel_available(CpuKernel kernel) noexcept {
+  switch (kernel) {
+    case CpuKernel::kAuto:
+    case CpuKernel::kF32: return true;
+    case CpuKernel::kBf16Dot: return cpu::dot_product() != nullptr;
+    case CpuKernel::kBf16Amx: return cpu::amx_product() != nullptr;
+  }
+  return false;
+}
+
 CpuKernel best_cpu_kernel(DType dtype) noexcept {
-  if (dtype != DType::kBF16) return CpuKernel::kF32;
-  if (cpu::amx_product() != nullptr) return CpuKernel::kBf16Amx;
-  return cpu::dot_product() != nullptr ? CpuKernel::kBf16Dot : CpuKernel::kF32;
+  for (const CpuKernel kernel : {CpuKernel::kBf16Amx, CpuKernel::kBf16Dot}) {
+    if (dtype == DType::kBF16 && cpu_kernel_available(kernel)) return kernel;
+  }
+  return CpuKernel::kF32;
+}
+
+CostModel cpu_cost_model(CpuKernel /*kernel*/) noexcept {
+  return {.tile = 1024, .m_tile = 267, .list_tile = 184, .unit = 156};
 }
 
 Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool, CpuKernel kernel) {
@@ -204,7 +219,8 @@ Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, Th
   if (kernel == CpuKernel::kBf16Amx) product = cpu::amx_product();
   if (kernel != CpuKernel::kF32 && product == nullptr) {
     return unsupported(fmt::format("attention: this machine has no {}; allowed here: auto, f32{}",
-                                   cpu_kernel_name(kernel), cpu::dot_product() != nullptr ? ", avx512_bf16" : ""));
+                                   cpu_kernel_name(kernel),
+                                   cpu_kernel_available(CpuKernel::kBf16Dot) ? ", avx512_bf16" : ""));
   }
   return cpu::attend_cpu_with(product, input, output, pool);
 }

@@ -76,23 +76,33 @@ void start_tile(const Call& call, const AttentionUnit& unit, std::int64_t first_
 
   const hn::FixedTag<std::uint32_t, 4> d4;
   for (std::int64_t r = 0; r < m; r += 4) {
-    const float* q[4];  // null: padding
-    for (std::int64_t k = 0; k < 4; ++k) q[k] = r + k < rows ? query_row(call, unit, first_row + r + k) : nullptr;
-    for (std::int64_t i = 0; i < round_up(head_dim, 32); i += 8) {
+    const float* q[4];
+    query_rows(call, unit, first_row + r, first_row + rows, q);
+    for (std::int64_t i = 0; i < head_dim; i += 8) {
       hn::Vec<decltype(d4)> part[4];
-      for (std::int64_t k = 0; k < 4; ++k) {
-        part[k] = q[k] == nullptr || i >= head_dim ? hn::Zero(d4) : bf16_pairs(q[k] + i);
-      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) part[k] = bf16_pairs(q[k] + i);
       transpose_4x4<std::uint32_t>(part);
-      for (std::int64_t k = 0; k < 4; ++k) hn::Store(part[k], d4, qt + (i / 2 + k) * m + r);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) hn::Store(part[k], d4, qt + (i / 2 + k) * m + r);
     }
   }
+  std::fill(qt + head_dim / 2 * m, qt + round_up(head_dim, 32) / 2 * m, 0U);
 }
 
 // Copies a K row, zero in [D, D rounded up to 32): the products run over whole steps of 32, and 0 * NaN is NaN.
 void stage_key(const Bf16* from, std::int64_t head_dim, Bf16* to) {
   std::copy_n(from, head_dim, to);
   std::fill(to + head_dim, to + round_up(head_dim, 32), Bf16{0});
+}
+
+// V^T of the block's v_rows, with zeros up to the next step of 32 keys: their weights are tiny, not 0, and 0 * NaN is
+// NaN.
+void stage_values(std::int64_t head_dim, std::int32_t num_keys, const Bf16Scratch& scratch) {
+  alignas(64) static constexpr Bf16 kZeros[256] = {};
+  const auto padded = static_cast<std::int32_t>(round_up(num_keys, 32));
+  std::fill(scratch.v_rows + num_keys, scratch.v_rows + padded, kZeros);
+  transpose_values<kBf16KeyBlock>(scratch.v_rows, padded, head_dim, scratch.vt);
 }
 
 // K and V of list coordinates [first_key, first_key + num_keys).
@@ -130,8 +140,23 @@ Bf16Block stage_list(const Call& call, const AttentionUnit& unit, std::int32_t f
   } else {
     for (std::int32_t g = 0; g < groups; ++g) scratch.k_groups[g] = scratch.k + g * 16 * round_up(head_dim, 32);
   }
-  transpose_values<kBf16KeyBlock>(scratch.v_rows, num_keys, head_dim, scratch.vt);
+  stage_values(head_dim, num_keys, scratch);
   return block;
+}
+
+// Brings K and V of list coordinates [first_key, end_key) into L2, a few keys per tile step: the next block's memory
+// time hides behind this block's arithmetic.
+void prefetch_keys(const Call& call, const AttentionUnit& unit, std::int32_t first_key, std::int32_t end_key) {
+  const PagedKvView& kv = call.input.kv;
+  constexpr std::int64_t kLine = 64 / sizeof(Bf16);
+  for (std::int32_t key = first_key; key < end_key; ++key) {
+    const auto entry = static_cast<std::size_t>(unit.list_begin + key / kv.page_tokens);
+    const std::int64_t offset = kv.offset(call.input.page_ids[entry], key % kv.page_tokens, unit.kv_head);
+    for (std::int64_t i = 0; i < kv.head_dim; i += kLine) {
+      __builtin_prefetch(static_cast<const Bf16*>(kv.k) + offset + i, 0, 2);
+      __builtin_prefetch(static_cast<const Bf16*>(kv.v) + offset + i, 0, 2);
+    }
+  }
 }
 
 // The means of dropped pages [first_entry, first_entry + num_keys), rounded to bf16.
@@ -152,7 +177,7 @@ Bf16Block stage_means(const Call& call, const AttentionUnit& unit, std::int32_t 
   for (std::int32_t g = 0; g < round_up(num_keys, 32) / 16; ++g) {
     scratch.k_groups[g] = scratch.k + g * 16 * round_up(head_dim, 32);
   }
-  transpose_values<kBf16KeyBlock>(scratch.v_rows, num_keys, head_dim, scratch.vt);
+  stage_values(head_dim, num_keys, scratch);
   Bf16Block block{.k_groups = scratch.k_groups, .vt_groups = scratch.vt_groups};
   block.k_stride = round_up(head_dim, 32);
   block.vt_stride = kBf16KeyBlock;
@@ -215,9 +240,12 @@ void attend(const Call& call, const Item& item, std::byte* scratch_memory, SkipC
   for (std::int32_t first_key = 0; first_key < end; first_key += kBf16KeyBlock) {
     Bf16Block block = stage_list(call, unit, first_key, std::min(end - first_key, kBf16KeyBlock), scratch);
     const std::int32_t num_keys = block.num_keys;
+    const std::int32_t next_key = first_key + kBf16KeyBlock;
     for (std::int32_t t = 0; t < num_tiles; ++t) {
       block.num_keys = std::min(tiles[t].most_limit - first_key, num_keys);
       if (block.num_keys > 0) step_tile(call, tiles[t], block, scratch, count);
+      prefetch_keys(call, unit, std::min(end, next_key + t * kBf16KeyBlock / num_tiles),
+                    std::min(end, next_key + (t + 1) * kBf16KeyBlock / num_tiles));
     }
   }
   if (!call.input.correction.dropped.empty()) {

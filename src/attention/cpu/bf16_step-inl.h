@@ -46,29 +46,30 @@ HWY_INLINE hn::Vec<hn::FixedTag<std::uint32_t, 4>> bf16_pairs(const float* HWY_R
   return hn::BitCast(d32, hn::ConcatEven(d16, high, low));
 }
 
-// vt[d][key] = v_rows[key][d] for keys [0, num_keys), zero up to the next multiple of 32; rows of vt are kKeys apart.
-// Eight keys x eight d at a time. D is a multiple of 8.
+// vt[d][key] = v_rows[key][d] for num_keys keys, a multiple of 8; rows of vt are kKeys apart. Eight keys x eight d at a
+// time. D is a multiple of 8.
 template <int kKeys>
-HWY_INLINE void transpose_values(const Bf16* const* v_rows, std::int32_t num_keys, std::int64_t head_dim,
+HWY_INLINE void transpose_values(const Bf16* const* HWY_RESTRICT v_rows, std::int32_t num_keys, std::int64_t head_dim,
                                  Bf16* HWY_RESTRICT vt) {
   const hn::FixedTag<std::uint16_t, 8> d16;
   const hn::FixedTag<std::uint32_t, 4> d32;
-  const std::int32_t padded = (num_keys + 31) / 32 * 32;
-  for (std::int32_t key = 0; key < padded; key += 8) {
+  for (std::int32_t key = 0; key < num_keys; key += 8) {
+    const std::uint16_t* row[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) row[k] = reinterpret_cast<const std::uint16_t*>(v_rows[key + k]);
     for (std::int64_t i = 0; i < head_dim; i += 8) {
-      hn::Vec<decltype(d16)> rows[8];
-      for (std::int32_t k = 0; k < 8; ++k) {
-        rows[k] = key + k < num_keys ? hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(v_rows[key + k] + i))
-                                     : hn::Zero(d16);
-      }
       hn::Vec<decltype(d32)> low[4];   // pairs of keys, d i .. i + 3
       hn::Vec<decltype(d32)> high[4];  // d i + 4 .. i + 7
+#pragma GCC unroll 4
       for (int pair = 0; pair < 4; ++pair) {
-        low[pair] = hn::BitCast(d32, hn::InterleaveLower(d16, rows[2 * pair], rows[2 * pair + 1]));
-        high[pair] = hn::BitCast(d32, hn::InterleaveUpper(d16, rows[2 * pair], rows[2 * pair + 1]));
+        const auto even = hn::LoadU(d16, row[2 * pair] + i);
+        const auto odd = hn::LoadU(d16, row[2 * pair + 1] + i);
+        low[pair] = hn::BitCast(d32, hn::InterleaveLower(d16, even, odd));
+        high[pair] = hn::BitCast(d32, hn::InterleaveUpper(d16, even, odd));
       }
       transpose_4x4<std::uint32_t>(low);
       transpose_4x4<std::uint32_t>(high);
+#pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         hn::Store(low[k], d32, reinterpret_cast<std::uint32_t*>(vt + (i + k) * kKeys + key));
         hn::Store(high[k], d32, reinterpret_cast<std::uint32_t*>(vt + (i + 4 + k) * kKeys + key));

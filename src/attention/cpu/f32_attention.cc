@@ -81,13 +81,15 @@ void start_tile(const Call& call, const AttentionUnit& unit, std::int64_t first_
 
   const auto scale = hn::Set(d4, static_cast<float>(double{call.input.softmax_scale} * std::numbers::log2e));
   for (std::int64_t r = 0; r < m; r += 4) {
-    const float* q[4];  // null: padding
-    for (std::int64_t k = 0; k < 4; ++k) q[k] = r + k < rows ? query_row(call, unit, first_row + r + k) : nullptr;
+    const float* q[4];
+    query_rows(call, unit, first_row + r, first_row + rows, q);
     for (std::int64_t i = 0; i < head_dim; i += 4) {
       hn::Vec<D4> part[4];
-      for (std::int64_t k = 0; k < 4; ++k) part[k] = q[k] == nullptr ? hn::Zero(d4) : hn::LoadU(d4, q[k] + i);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) part[k] = hn::LoadU(d4, q[k] + i);
       transpose_4x4<float>(part);
-      for (std::int64_t k = 0; k < 4; ++k) hn::Store(hn::Mul(part[k], scale), d4, qt + (i + k) * m + r);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) hn::Store(hn::Mul(part[k], scale), d4, qt + (i + k) * m + r);
     }
   }
   std::fill_n(tile.ot, head_dim * m, 0.0F);

@@ -9,6 +9,7 @@
 #define COMPACT_ATTENTION_CPU_TILE_INL_H_
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -61,10 +62,16 @@ HWY_INLINE void reset_tile(const Call& call, const AttentionUnit& unit, std::int
   tile.most_limit = tile.limit[rows - 1];
 }
 
-HWY_INLINE const float* query_row(const Call& call, const AttentionUnit& unit, std::int64_t row) {
+// Rows of Q for the four packed rows from `row` on; zeros for those at or behind end_row.
+HWY_INLINE void query_rows(const Call& call, const AttentionUnit& unit, std::int64_t row, std::int64_t end_row,
+                           const float* (&q)[4]) {
+  alignas(64) static constexpr float kZeros[256] = {};
   const std::int32_t heads = call.input.heads_per_unit;
-  return call.input.q.row(unit.q_begin + static_cast<std::int32_t>(row / heads),
-                          unit.q_head + static_cast<std::int32_t>(row % heads));
+  for (std::int64_t k = 0; k < 4; ++k) {
+    q[k] = row + k >= end_row ? kZeros
+                              : call.input.q.row(unit.q_begin + static_cast<std::int32_t>((row + k) / heads),
+                                                 unit.q_head + static_cast<std::int32_t>((row + k) % heads));
+  }
 }
 
 // O^T / sum to rows of O, and LSE.
@@ -74,10 +81,12 @@ HWY_INLINE void finish_tile(const Call& call, const AttentionUnit& unit, const T
   const std::int64_t m = tile.vectors * static_cast<std::int64_t>(hn::Lanes(DF()));
   const std::int64_t head_dim = call.input.q.head_dim;
   const std::int32_t heads = call.input.heads_per_unit;
+  if (!tile.started) std::fill_n(tile.ot, head_dim * m, 0.0F);
   for (std::int32_t r = 0; r < tile.rows; r += 4) {
     const std::int32_t group = tile.rows - r < 4 ? tile.rows - r : 4;
-    float* o[4];
-    float inverse[4];
+    alignas(16) float nowhere[256];
+    float* o[4] = {nowhere, nowhere, nowhere, nowhere};
+    float inverse[4] = {};
     for (std::int32_t k = 0; k < group; ++k) {
       const std::int64_t row = tile.first_row + r + k;
       const std::int32_t token = unit.q_begin + static_cast<std::int32_t>(row / heads);
@@ -92,11 +101,11 @@ HWY_INLINE void finish_tile(const Call& call, const AttentionUnit& unit, const T
     }
     for (std::int64_t i = 0; i < head_dim; i += 4) {
       hn::Vec<D4> part[4];
-      for (std::int64_t k = 0; k < 4; ++k) {
-        part[k] = tile.started ? hn::Load(d4, tile.ot + (i + k) * m + r) : hn::Zero(d4);
-      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) part[k] = hn::Load(d4, tile.ot + (i + k) * m + r);
       transpose_4x4<float>(part);
-      for (std::int32_t k = 0; k < group; ++k) hn::StoreU(hn::Mul(part[k], hn::Set(d4, inverse[k])), d4, o[k] + i);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) hn::StoreU(hn::Mul(part[k], hn::Set(d4, inverse[k])), d4, o[k] + i);
     }
   }
 }
