@@ -56,6 +56,7 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
   if (observer_) CA_RETURN_IF_ERROR(observer_({layer, chunk, q, cache, softmax_scale_, pool}));
 
   const std::span<const ChunkView> chunks(&chunk, 1);
+  options_.unite.cost = cpu_cost_model(best_cpu_kernel(kv.dtype));
   const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_, kv.page_tokens,
                                kv.num_pages, options_.forced, options_.unite};
   DenseReason reason = crossover_before_selection(options_.crossover, chunk, kv.page_tokens);

@@ -56,9 +56,25 @@ struct AttentionOutput {
 /// Errors: kInvalidArgument with the unit and the value seen.
 [[nodiscard]] Status attend_reference(const AttentionInput& input, const AttentionOutput& output);
 
-/// CPU kernel: SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...), blocked, online softmax, GQA rows packed. Pages
-/// are read in place. Deterministic for any number of threads. Same contract and errors as the reference.
-[[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool);
+/// How the CPU multiplies. fp32 runs everywhere, on any cache. The bf16 kernels need a bf16 cache; they round Q and the
+/// softmax weights to bf16 and add in fp32.
+enum class CpuKernel : std::int32_t {
+  kAuto = 0,     ///< the best that machine and cache allow
+  kF32 = 1,      ///< SIMD by run-time dispatch (AVX2, AVX-512, NEON, ...)
+  kBf16Dot = 2,  ///< AVX512_BF16
+  kBf16Amx = 3,  ///< AMX-BF16 tiles
+};
+[[nodiscard]] const char* cpu_kernel_name(CpuKernel kernel) noexcept;
+/// Whether this machine has the instructions, and the system lends them.
+[[nodiscard]] bool cpu_kernel_available(CpuKernel kernel) noexcept;
+/// What kAuto means here for a cache of this type.
+[[nodiscard]] CpuKernel best_cpu_kernel(DType dtype) noexcept;
+
+/// CPU backend: blocked, online softmax, GQA rows packed; pages are read in place. Units of up to 8 rows (decode) take
+/// a kernel of their own that splits long lists over the threads. Deterministic for any number of threads. Same
+/// contract and errors as the reference, and kUnsupported for a kernel that the machine lacks.
+[[nodiscard]] Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool,
+                                CpuKernel kernel = CpuKernel::kAuto);
 
 /// Attention of the same rows over one part of their keys.
 struct AttentionPartial {
@@ -71,8 +87,12 @@ struct AttentionPartial {
 /// memory. Errors: kInvalidArgument (no part, shapes that differ, a missing LSE).
 [[nodiscard]] Status merge_partials(std::span<const AttentionPartial> parts, const AttentionOutput& output);
 
-/// Name of the instruction set that attend_cpu uses on this machine, e.g. "AVX3". Static storage.
+/// Name of the instruction set that the vector code of attend_cpu uses on this machine, e.g. "AVX3". Static storage.
 [[nodiscard]] const char* cpu_attention_target() noexcept;
+
+/// What attend_cpu pays for a unit with this kernel, for UnionOptions::cost: fitted by benchmarks/cost_model_bench,
+/// figures in benchmarks/results/cost_model_cpu.json.
+[[nodiscard]] CostModel cpu_cost_model(CpuKernel kernel) noexcept;
 
 /// Why a chunk ran dense. Printed and counted; dense is never silent (docs/design/method.md section 7).
 enum class DenseReason : std::int32_t {
@@ -87,7 +107,9 @@ inline constexpr std::int32_t kNumDenseReasons = 6;
 [[nodiscard]] const char* dense_reason_name(DenseReason reason) noexcept;
 
 struct CrossoverPolicy {
-  std::int32_t min_context_tokens = 2048;
+  /// From here on the default mean-key policy gains on the CPU (benchmarks/results/step_cpu.json): with fewer than 33
+  /// pages even a page of average energy passes its share threshold of 0.03.
+  std::int32_t min_context_tokens = 4096;
   /// Lists are used only if their modelled cost times (1 + this) stays below dense: 154/1024 = 0.15.
   std::int32_t margin_1024ths = 154;
 };

@@ -1,9 +1,12 @@
 // Partial results -> one (docs/design/method.md 6.3). Fixed order: same parts, same bits.
+#include "src/attention/merge.h"
+
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "compact/attention.h"
 
@@ -35,25 +38,31 @@ Status check_parts(std::span<const AttentionPartial> parts, const AttentionOutpu
 
 }  // namespace
 
+float merge_row(std::span<const PartialRow> parts, std::int32_t head_dim, float* o) {
+  float largest = kEmpty;
+  for (const PartialRow& part : parts) largest = std::max(largest, part.lse);
+  float sum = 0;
+  for (const PartialRow& part : parts) {
+    if (part.lse == kEmpty) continue;
+    const float weight = std::exp(part.lse - largest);
+    for (std::int32_t d = 0; d < head_dim; ++d) o[d] = (sum == 0 ? 0.0F : o[d]) + weight * part.o[d];
+    sum += weight;
+  }
+  for (std::int32_t d = 0; d < head_dim; ++d) o[d] = sum == 0 ? 0.0F : o[d] / sum;
+  return largest + std::log(sum);  // nothing seen: -inf + -inf
+}
+
 Status merge_partials(std::span<const AttentionPartial> parts, const AttentionOutput& output) {
   CA_RETURN_IF_ERROR(check_parts(parts, output));
+  std::vector<PartialRow> rows(parts.size());
   for (std::int32_t token = 0; token < output.o.tokens; ++token) {
     for (std::int32_t head = 0; head < output.o.heads; ++head) {
       const std::int64_t at = std::int64_t{token} * output.o.heads + head;
-      float largest = kEmpty;
-      for (const AttentionPartial& part : parts) largest = std::max(largest, part.lse[at]);
-      float* o = output.o.row(token, head);
-      float sum = 0;
-      for (const AttentionPartial& part : parts) {
-        if (part.lse[at] == kEmpty) continue;
-        const float weight = std::exp(part.lse[at] - largest);
-        const float* from = part.o.row(token, head);
-        // The first part seen may be the output itself.
-        for (std::int32_t d = 0; d < output.o.head_dim; ++d) o[d] = (sum == 0 ? 0.0F : o[d]) + weight * from[d];
-        sum += weight;
-      }
-      for (std::int32_t d = 0; d < output.o.head_dim; ++d) o[d] = sum == 0 ? 0.0F : o[d] / sum;
-      if (output.lse != nullptr) output.lse[at] = largest + std::log(sum);  // nothing seen: -inf + -inf
+      std::transform(parts.begin(), parts.end(), rows.begin(), [&](const AttentionPartial& part) {
+        return PartialRow{part.o.row(token, head), part.lse[at]};
+      });
+      const float lse = merge_row(rows, output.o.head_dim, output.o.row(token, head));
+      if (output.lse != nullptr) output.lse[at] = lse;
     }
   }
   return {};

@@ -1,7 +1,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "compact/attention.h"
@@ -36,6 +39,22 @@ TEST(UnitCost, OtherPageSizesPayByTheToken) {
 }
 
 TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(CostModel(), 0, 4, 10, 128), 0); }
+
+nlohmann::json recorded(const std::string& name) {
+  std::ifstream file(std::string(COMPACT_SOURCE_DIR) + "/benchmarks/results/" + name);
+  return nlohmann::json::parse(file);
+}
+
+// No constant of the CPU backend's policy is typed by hand: they are what the recorded runs found.
+TEST(RecordedFigures, AreTheConstantsInUse) {
+  const nlohmann::json fit = recorded("cost_model_cpu.json")["cost_model"];
+  const CostModel cost = cpu_cost_model(CpuKernel::kF32);
+  EXPECT_EQ(cost.tile, fit["tile"]);
+  EXPECT_EQ(cost.m_tile, fit["m_tile"]);
+  EXPECT_EQ(cost.list_tile, fit["list_tile"]);
+  EXPECT_EQ(cost.unit, fit["unit"]);
+  EXPECT_EQ(CrossoverPolicy().min_context_tokens, recorded("step_cpu.json")["pays_from_tokens"]);
+}
 
 TEST(CrossoverBefore, FirstChunkThenShortContext) {
   const CrossoverPolicy policy{.min_context_tokens = 2048};
