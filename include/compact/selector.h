@@ -162,9 +162,27 @@ struct MeanKeyOptions {
   float alpha = -1.0F;
 };
 
+/// Our own selector: a page's part of a softmax over means of 32-token granules (docs/design/method.md 3.10).
+struct SubMeanOptions {
+  /// keep j iff E[j] >= max(share, lift / pages scored). Both 0: every page. share is at most 1.
+  float share = 0.02F;
+  float lift = 1.5F;
+  /// Scores are multiplied with this before the softmax: means are flatter than the keys that they stand for.
+  float temperature = 1.5F;
+  /// E[j] = mean over rows + this * maximum over rows: a page that few rows want, but want alone, is kept.
+  float peak_weight = 0.125F;
+  /// Also keep pages whose keys point in many directions, coherence below this: their means say little. 0: off.
+  float min_coherence = 0.0F;
+  /// Also keep pages that hold at least probe_mass of the exact attention of every probe_stride-th query token; reads
+  /// all keys. 0: off.
+  std::int32_t probe_stride = 0;
+  float probe_mass = 0.03F;
+};
+
 struct SelectorOptions {
   std::string name = "mean-key";  // one of selector_names()
   MeanKeyOptions mean_key{};
+  SubMeanOptions sub_mean{};
   Budget budget{};              // in place of the selector's own rule; not for dense and static
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
 };

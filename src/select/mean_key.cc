@@ -93,45 +93,7 @@ Status check_mean_key_options(const MeanKeyOptions& options, const Budget& budge
 }
 
 Status check_mean_key_input(const SelectInput& input) {
-  CA_RETURN_IF_ERROR(check_select_input(input));
-  const PageSummaryView& summaries = input.summaries;
-  if (summaries.num_kv_heads < 1 || input.q.heads % summaries.num_kv_heads != 0) {
-    return invalid_argument(fmt::format("mean-key: {} query heads and {} KV heads; allowed: a multiple of the KV heads",
-                                        input.q.heads, summaries.num_kv_heads));
-  }
-  if (summaries.head_dim != input.q.head_dim) {
-    return invalid_argument(fmt::format("mean-key: head dimension {} in Q and {} in the page summaries",
-                                        input.q.head_dim, summaries.head_dim));
-  }
-  if (!std::isfinite(input.softmax_scale) || input.softmax_scale <= 0) {
-    return invalid_argument(
-        fmt::format("mean-key: softmax_scale is {}; allowed: finite and above 0", input.softmax_scale));
-  }
-  for (std::size_t b = 0; b < input.chunks.size(); ++b) {
-    const ChunkView& chunk = input.chunks[b];
-    if (chunk.chunk_tokens == 0) continue;
-    if (input.q.data == nullptr) return invalid_argument("mean-key: Q is null");
-    if (summaries.mean_k == nullptr || summaries.count == nullptr) {
-      return invalid_argument("mean-key: the cache keeps no page means; create it with summaries.mean_k");
-    }
-    if (chunk.page_table == nullptr) return invalid_argument(fmt::format("mean-key: chunk {} has no page table", b));
-    const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
-    for (std::int32_t j = 0; j < chunk.num_pages(input.page_tokens); ++j) {
-      const std::int32_t page = chunk.page_table[j];
-      if (page < 0 || page >= summaries.num_pages) {
-        return invalid_argument(fmt::format("mean-key: chunk {}: page table entry {} is {}; allowed: 0..{}", b, j, page,
-                                            summaries.num_pages - 1));
-      }
-      if (j < past_pages && summaries.count[page] != input.page_tokens) {
-        return invalid_argument(
-            fmt::format("mean-key: chunk {}: the summary of past page {} (physical {}) covers {} tokens, not {}; "
-                        "append every token "
-                        "through the cache before selecting",
-                        b, j, page, summaries.count[page], input.page_tokens));
-      }
-    }
-  }
-  return {};
+  return check_summary_input("mean-key", input, {.mean_k = true});
 }
 
 std::int32_t reset_mean_key_mask(const SelectInput& input, const MeanKeyOptions& options, BlockMask& mask) {

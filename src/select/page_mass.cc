@@ -1,79 +1,84 @@
-// Exact attention mass on CPUs: one task per (query head, query block), a page of keys at a time. The scores of a page
-// are reduced to one sum per row as soon as they are known, so Q K^T is computed once and never stored whole.
+// Exact attention mass on CPUs: one task per (query head, query block), longer blocks in tiles of 128 rows.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <bit>
 #include <limits>
-#include <memory>
 #include <new>
 #include <numbers>
 
 #include "compact/oracle.h"
-#include "src/select/column_softmax.h"
-#include "src/select/key_rows.h"
+#include "src/select/exact_mass.h"
 #include "src/select/selector.h"
 
 namespace compact {
+
+std::int32_t ExactMassTile::run(std::span<const MassRow> rows, const std::int32_t* page_table, std::int32_t kv_head,
+                                float softmax_scale) {
+  const auto count = static_cast<std::int32_t>(rows.size());
+  queries_.clear();
+  for (const MassRow& row : rows) queries_.push_back(row.q);
+  softmax_.begin(count, kv_.head_dim);
+  softmax_.load_queries(queries_, softmax_scale * std::numbers::log2e_v<float>);
+
+  const std::int32_t page_tokens = kv_.page_tokens;
+  const std::int32_t end = rows.back().position + 1;  // keys that the last row sees
+  visible_.resize(rows.size());
+  for (std::int32_t j = 0; j * page_tokens < end; ++j) {
+    const std::int32_t page_begin = j * page_tokens;
+    const std::int32_t tokens = std::min(page_tokens, end - page_begin);
+    const bool all_seen = page_begin + tokens <= rows.front().position + 1;
+    for (std::size_t r = 0; r < rows.size() && !all_seen; ++r) {
+      visible_[r] = std::clamp(rows[r].position + 1 - page_begin, 0, tokens);
+    }
+    softmax_.add_columns(keys_.load(page_table[j], 0, tokens, kv_head), page_tokens,
+                         all_seen ? nullptr : visible_.data());
+  }
+  if (const std::int32_t bad = softmax_.nonfinite_rows(); bad > 0) return bad;
+  scales_.resize(static_cast<std::size_t>(softmax_.padded_rows()));
+  softmax_.total_rows(0, softmax_.num_groups(), softmax_.row_max(), scales_.data());
+  for (float& scale : scales_) scale = 1.0F / scale;
+  return 0;
+}
+
+void ExactMassTile::join(std::span<const float> weights, float* sum, float* max) {
+  weights_.assign(scales_.size(), 0.0F);
+  std::copy(weights.begin(), weights.end(), weights_.begin());
+  softmax_.join_rows(0, softmax_.num_groups(), softmax_.row_max(), scales_.data(), weights_.data(),
+                     std::numeric_limits<float>::infinity(), sum, max);
+}
+
 namespace {
 
-constexpr std::int32_t kMaxRows = 128;  // of a tile; longer blocks are cut, their sums added in ascending order
-
 struct Scratch {
-  explicit Scratch(const PagedKvView& kv) : keys(kv) {}
-  TileSoftmax tile;
-  KeyRows keys;
-  std::vector<const float*> rows;      // [rows]  queries
-  std::vector<std::int32_t> visible;   // [rows]  keys of the page at work that the row sees
-  std::vector<float> totals, weights;  // [padded rows]
-  std::vector<float> part;             // [pages]  of one tile
+  explicit Scratch(const PagedKvView& kv) : tile(kv) {}
+  ExactMassTile tile;
+  std::vector<MassRow> rows;
+  std::vector<float> weights;  // [rows]
+  std::vector<float> part;     // [pages]  of one tile
 };
 
 // Adds the masses of rows [first, first + count) of a block to past [Np] and chunk; returns the non-finite rows.
 std::int32_t add_tile(const PageMassInput& input, const QueryBlock& block, std::int32_t first, std::int32_t count,
                       std::int32_t head, Scratch& own, float* past, float& chunk_mass) {
   const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
-  const std::int32_t page_tokens = input.kv.page_tokens;
-  const std::int32_t kv_head = head / (input.q.heads / input.kv.num_kv_heads);
   own.rows.clear();
-  for (std::int32_t r = 0; r < count; ++r) own.rows.push_back(input.q.row(block.q_begin + first + r, head));
-  own.tile.begin(count, input.q.head_dim);
-  own.tile.load_queries(own.rows, input.softmax_scale * std::numbers::log2e_v<float>);
-
-  const std::int32_t position = block.first_position + first;  // of the first row
-  const std::int32_t end = position + count;                   // keys that the last row sees
-  const std::int32_t num_pages = (end + page_tokens - 1) / page_tokens;
-  own.visible.resize(static_cast<std::size_t>(count));
-  for (std::int32_t j = 0; j < num_pages; ++j) {
-    const std::int32_t page_begin = j * page_tokens;
-    const std::int32_t tokens = std::min(page_tokens, end - page_begin);
-    const bool all_seen = page_begin + tokens <= position + 1;
-    for (std::int32_t r = 0; r < count && !all_seen; ++r) {
-      own.visible[static_cast<std::size_t>(r)] = std::clamp(position + r + 1 - page_begin, 0, tokens);
-    }
-    own.tile.add_columns(own.keys.load(chunk.page_table[j], 0, tokens, kv_head), page_tokens,
-                         all_seen ? nullptr : own.visible.data());
+  for (std::int32_t r = first; r < first + count; ++r) {
+    own.rows.push_back({input.q.row(block.q_begin + r, head), block.first_position + r});
   }
-  if (const std::int32_t bad = own.tile.nonfinite_rows(); bad > 0) return bad;
+  const std::int32_t kv_head = head / (input.q.heads / input.kv.num_kv_heads);
+  const std::int32_t bad = own.tile.run(own.rows, chunk.page_table, kv_head, input.softmax_scale);
+  if (bad > 0) return bad;
 
-  const auto padded_rows = static_cast<std::size_t>(own.tile.padded_rows());
-  own.totals.resize(padded_rows);
-  own.weights.assign(padded_rows, 0.0F);
-  own.tile.total_rows(0, num_pages, own.tile.row_max(), own.totals.data());
-  // The scale makes a row's parts its masses. Under `max` the weight only marks the rows that exist.
-  for (std::size_t r = 0; r < padded_rows; ++r) {
-    own.totals[r] = 1.0F / own.totals[r];
-    if (r < static_cast<std::size_t>(count)) own.weights[r] = 1.0F / static_cast<float>(block.tokens);
-  }
   const bool mean = input.aggregate == MassAggregate::kMean;
-  own.part.resize(static_cast<std::size_t>(num_pages));
-  own.tile.join_rows(0, num_pages, own.tile.row_max(), own.totals.data(), own.weights.data(),
-                     std::numeric_limits<float>::infinity(), mean ? own.part.data() : nullptr,
-                     mean ? nullptr : own.part.data());
-  const std::int32_t past_pages = chunk.num_past_pages(page_tokens);
-  for (std::int32_t j = 0; j < num_pages; ++j) {
+  own.weights.assign(own.rows.size(), 1.0F / static_cast<float>(block.tokens));
+  own.part.resize(static_cast<std::size_t>(own.tile.num_pages()));
+  own.tile.join(own.weights, mean ? own.part.data() : nullptr, mean ? nullptr : own.part.data());
+  const std::int32_t past_pages = chunk.num_past_pages(input.kv.page_tokens);
+  for (std::int32_t j = 0; j < own.tile.num_pages(); ++j) {
     float& sum = j < past_pages ? past[j] : chunk_mass;
-    sum = mean ? sum + own.part[static_cast<std::size_t>(j)] : std::max(sum, own.part[static_cast<std::size_t>(j)]);
+    const float page = own.part[static_cast<std::size_t>(j)];
+    sum = mean ? sum + page : std::max(sum, page);
   }
   return 0;
 }
@@ -90,12 +95,10 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
   mass.blocks = make_query_blocks(input.chunks, input.block_tokens);
   mass.pages_per_row = 0;
   std::int32_t max_pages = 0;
-  std::int32_t max_rows = 0;
   for (const QueryBlock& block : mass.blocks) {
     const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
     mass.pages_per_row = std::max(mass.pages_per_row, chunk.num_past_pages(input.kv.page_tokens));
     max_pages = std::max(max_pages, chunk.num_pages(input.kv.page_tokens));
-    max_rows = std::max(max_rows, std::min(kMaxRows, block.tokens));
   }
   const std::int64_t num_rows = std::int64_t{mass.num_heads} * static_cast<std::int64_t>(mass.blocks.size());
   mass.past.assign(static_cast<std::size_t>(num_rows * mass.pages_per_row), 0.0F);
@@ -107,11 +110,10 @@ Status compute_page_mass(const PageMassInput& input, PageMass& mass, ThreadPool&
   scratch.reserve(static_cast<std::size_t>(pool.num_threads()));
   for (std::int32_t thread = 0; thread < pool.num_threads(); ++thread) {
     scratch.emplace_back(input.kv);
-    if (!scratch.back().tile.reserve(max_rows, input.q.head_dim, max_pages, input.kv.page_tokens)) {
-      throw std::bad_alloc();
-    }
+    if (!scratch.back().tile.reserve(max_pages)) throw std::bad_alloc();
   }
   pool.parallel_for(num_rows, [&](std::int64_t item, std::int32_t thread) {
+    constexpr std::int32_t kMaxRows = ExactMassTile::kMaxRows;
     const auto num_blocks = static_cast<std::int64_t>(mass.blocks.size());
     const QueryBlock& block = mass.blocks[static_cast<std::size_t>(item % num_blocks)];
     float* past = mass.past.data() + item * mass.pages_per_row;

@@ -17,10 +17,15 @@ inline constexpr std::int32_t kTileRows = 128;
 /// Shapes of the step: P, positions, rows of Q. Does not look at page tables or summaries.
 [[nodiscard]] Status check_select_input(const SelectInput& input);
 
+/// check_select_input, page tables, that the cache keeps the `needed` summaries, and that every past page has a summary
+/// of exactly P tokens. `who` begins the message.
+[[nodiscard]] Status check_summary_input(const char* who, const SelectInput& input, const SummaryFields& needed);
+
 [[nodiscard]] std::unique_ptr<Selector> make_dense_selector();
 [[nodiscard]] std::unique_ptr<Selector> make_static_selector();
 /// Errors: kInvalidArgument (an option out of range).
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_mean_key_selector(const SelectorOptions& options);
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_oracle_selector(const SelectorOptions& options);
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_sub_mean_selector(const SelectorOptions& options);
 
 }  // namespace compact

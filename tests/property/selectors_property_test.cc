@@ -38,7 +38,15 @@ const SelectorCase kCases[] = {
     {"oracle_threshold", {.name = "oracle", .budget = {.kind = BudgetKind::kThreshold, .value = 0.05F}}},
     {"mean_key", {.name = "mean-key", .mean_key = {.share = 0.15F}}},
     {"mean_key_lift", {.name = "mean-key", .mean_key = {.share = 0.01F, .lift = 1.5F}}},
-    {"mean_key_tile", {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .vote = RowVote::kMean, .alpha = 0.3F}}, false},
+    {"sub_mean", {.name = "sub-mean", .sub_mean = {.share = 0.15F, .lift = 1.0F}}},
+    {"sub_mean_share", {.name = "sub-mean", .sub_mean = {.share = 0.1F, .lift = 0.0F, .peak_weight = 0.0F}}},
+    // Rescued pages come on top of any budget.
+    {"sub_mean_rescue",
+     {.name = "sub-mean", .sub_mean = {.share = 0.5F, .min_coherence = 0.1F, .probe_stride = 4, .probe_mass = 0.1F}},
+     false},
+    {"mean_key_tile",
+     {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .vote = RowVote::kMean, .alpha = 0.3F}},
+     false},
 };
 
 class Selectors : public ::testing::TestWithParam<SelectorCase> {

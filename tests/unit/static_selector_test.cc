@@ -51,8 +51,8 @@ TEST(Selectors, NeedPageMeansOnlyForMeanKey) {
 TEST(Selectors, UnknownNameListsTheKnown) {
   const auto selector = make_selector({.name = "nonesuch"});
   EXPECT_EQ(selector.status().code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(selector.status().message(), "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key");
-  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key");
+  EXPECT_EQ(selector.status().message(), "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key, sub-mean");
+  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key, sub-mean");
 }
 
 TEST(Selectors, PresetsAreTheirPublishedRules) {
