@@ -32,7 +32,7 @@ KvStepSpec spec_of(std::uint64_t seed) {
 
 SubMeanOptions options_of(std::uint64_t seed) {
   SubMeanOptions options;
-  options.share = seed % 3 == 0 ? 0.05F : 0.15F;
+  options.share = seed % 3 == 0 ? 0.1F : 0.25F;
   options.lift = seed % 2 == 0 ? 0.0F : 1.2F;
   options.temperature = seed % 5 == 0 ? 1.0F : 2.0F;
   options.peak_weight = seed % 7 == 0 ? 0.0F : 0.125F;

@@ -151,8 +151,12 @@ TEST_P(MeanKey, RowNormGivesEachRowOneVoteTileNormDoesNot) {
 TEST_P(MeanKey, VoteMaxHearsOneRowAmongMany) {
   // Four rows of a tile; the last asks for page 0 with a share of 0.9, the others have 0.1 for it.
   SelectStep step({.q_heads = 1, .kv_heads = 1, .head_dim = 2, .page_tokens = 4, .chunks = {{8, 4}}});
-  for (std::int32_t t = 0; t < 4; ++t) step.query(0, t, 0)[t == 3 ? 0 : 1] = 1;
-  const float mean[3][2] = {{std::log(9.0F), 0}, {0, std::log(9.0F)}, {-100, -100}};
+  for (std::int32_t t = 0; t < 4; ++t) {
+    step.query(0, t, 0)[0] = t == 3 ? 1 : 0;
+    step.query(0, t, 0)[1] = t == 3 ? 0 : 1;
+  }
+  const float score = std::log(9.0F) / step.select_input().softmax_scale;
+  const float mean[3][2] = {{score, 0}, {0, score}, {-100, -100}};
   for (std::int32_t j = 0; j < 3; ++j) std::copy_n(mean[j], 2, step.mean(0, j, 0));
   EXPECT_THAT(pages_of_row(select(step.select_input(), share(0.31F, RowVote::kMean)), 0, 0), ElementsAre(1));
   EXPECT_THAT(pages_of_row(select(step.select_input(), share(0.89F, RowVote::kMax)), 0, 0), ElementsAre(0, 1));
