@@ -13,7 +13,7 @@ namespace compact::engine {
 struct GenerateFlags {
   std::string selector = "mean-key";
   std::string preset = "mean-key";
-  std::string mode = "paper";
+  std::string mode = "adaptive";
   std::string backend = "cpu";
   std::string kv_dtype = "f32";
   std::string chat = "auto";

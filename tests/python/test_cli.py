@@ -38,7 +38,7 @@ def test_run_writes_json_that_agrees_with_what_it_prints(cli, demo_dir, prompt, 
     figures = json.loads(out.read_text())
     assert {"answer", "prompt_tokens", "ttft_seconds", "attention_seconds", "density", "union_inflation", "selector", "mode",
             "backend"} <= figures.keys()
-    assert figures["selector"] == "mean-key" and figures["mode"] == "paper" and figures["backend"] == "cpu"
+    assert figures["selector"] == "mean-key" and figures["mode"] == "adaptive" and figures["backend"] == "cpu"
     assert figures["prompt_tokens"] > 200
     assert 0 < figures["attention_seconds"] <= figures["ttft_seconds"]
     assert 0 < figures["density"] <= 1 <= figures["union_inflation"]
@@ -89,7 +89,7 @@ BAD_FLAGS = {
     "not a number": (["--chunk", "many"], "many"),
     "unknown flag": (["--turbo"], "turbo"),
     "unknown mode": (["--mode", "row"], "allowed: paper, span, tile, adaptive"),
-    "span without its mode": (["--span", "64"], "--mode is paper and --span is 64"),
+    "span without its mode": (["--span", "64"], "--mode is adaptive and --span is 64"),
     "unknown backend": (["--backend", "tpu"], "allowed: cpu"),
     "unknown preset": (["--preset", "best"], "flashprefill-v1"),
     "unknown chat format": (["--chat", "irc"], "llama3"),
