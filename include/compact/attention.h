@@ -107,9 +107,8 @@ inline constexpr std::int32_t kNumDenseReasons = 6;
 [[nodiscard]] const char* dense_reason_name(DenseReason reason) noexcept;
 
 struct CrossoverPolicy {
-  /// From here on the default mean-key policy gains on the CPU (benchmarks/results/step_cpu.json): with fewer than 33
-  /// pages even a page of average energy passes its share threshold of 0.03.
-  std::int32_t min_context_tokens = 4096;
+  /// From here on the default mean-key policy gains on the CPU: benchmarks/results/step_cpu.json.
+  std::int32_t min_context_tokens = 3072;
   /// Lists are used only if their modelled cost times (1 + this) stays below dense: 154/1024 = 0.15.
   std::int32_t margin_1024ths = 154;
 };

@@ -209,7 +209,7 @@ CpuKernel best_cpu_kernel(DType dtype) noexcept {
 }
 
 CostModel cpu_cost_model(CpuKernel /*kernel*/) noexcept {
-  return {.tile = 1024, .m_tile = 267, .list_tile = 184, .unit = 156};
+  return {.tile = 1024, .m_tile = 348, .list_tile = 216, .unit = 327};
 }
 
 Status attend_cpu(const AttentionInput& input, const AttentionOutput& output, ThreadPool& pool, CpuKernel kernel) {
