@@ -2,7 +2,8 @@
 //
 //   attention_cpu_bench [--threads N] [--repeats N] [--json FILE] [--case SUBSTRING] [--cpu-time]
 //
-// Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes.
+// Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes. bf16
+// caches are run with every kernel that the machine has.
 // Inputs are random; every repeat uses another copy of Q and another region of the cache, together larger than L2.
 // sgemm and attention alternate, so that a change of clock or load meets both.
 #include <cblas.h>
@@ -11,15 +12,12 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
-#include <ctime>
-#include <fstream>
-#include <functional>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "benchmarks/bench.h"
 #include "compact/attention.h"
 #include "src/core/bf16.h"
 
@@ -29,7 +27,11 @@ extern "C" char* openblas_get_config(void);
 namespace {
 
 using compact::AttentionUnit;
+using compact::CpuKernel;
 using compact::DType;
+using compact::bench::median;
+using compact::bench::random_floats;
+using compact::bench::seconds;
 
 struct Shape {
   std::int32_t num_q_heads = 8;    // Hq
@@ -41,40 +43,17 @@ struct Shape {
   DType dtype = DType::kF32;
   double density = 1;        // share of past pages in the lists
   bool token_major = false;  // NHD instead of HND
+  bool past_only = false;    // every row sees all L keys: the whole list precedes the chunk
+  CpuKernel kernel = CpuKernel::kF32;
 };
 
 std::string shape_name(const Shape& s) {
-  return fmt::format("D={} Hq={} Hkv={} C={} L={} P={} {} {} density={:.2f}", s.head_dim, s.num_q_heads, s.num_kv_heads,
-                     s.chunk, s.context, s.page_tokens, compact::dtype_name(s.dtype), s.token_major ? "NHD" : "HND",
-                     s.density);
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-// --cpu-time: on a machine with other work, CPU seconds of this process tell more than seconds on the wall.
-bool use_cpu_time = false;
-
-double now_seconds() {
-  timespec time{};
-  clock_gettime(use_cpu_time ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-double seconds(const std::function<void()>& body) {
-  const double start = now_seconds();
-  body();
-  return now_seconds() - start;
-}
-
-std::vector<float> random_floats(std::size_t count, std::uint32_t seed) {
-  std::minstd_rand random(seed);
-  std::uniform_real_distribution<float> uniform(-1.0F, 1.0F);
-  std::vector<float> values(count);
-  for (float& value : values) value = uniform(random);
-  return values;
+  std::string name = fmt::format("D={} Hq={} Hkv={} C={} L={} P={} {} {} density={:.2f}", s.head_dim, s.num_q_heads,
+                                 s.num_kv_heads, s.chunk, s.context, s.page_tokens, compact::dtype_name(s.dtype),
+                                 s.token_major ? "NHD" : "HND", s.density);
+  if (s.past_only) name += " past only";
+  if (s.dtype == DType::kBF16) name += fmt::format(" kernel={}", cpu_kernel_name(s.kernel));
+  return name;
 }
 
 // Matrix multiplication [m, k] x [k, n], fp32.
@@ -142,7 +121,7 @@ class AttentionCase {
     const compact::AttentionOutput output{
         .o = compact::contiguous_rows(o_.data() + q_begin, s.chunk, s.num_q_heads, s.head_dim), .lse = lse_.data()};
     const double elapsed = seconds([&] {
-      if (const compact::Status status = attend_cpu(input, output, pool); !status.ok()) {
+      if (const compact::Status status = attend_cpu(input, output, pool, s.kernel); !status.ok()) {
         fmt::print(stderr, "{}\n", status.message());
         std::exit(1);
       }
@@ -166,7 +145,7 @@ class AttentionCase {
   // One unit a KV head; all share a list of evenly spaced past pages and the chunk's pages, physically shuffled.
   void make_lists() {
     const Shape& s = shape_;
-    const std::int32_t start = s.context - s.chunk;
+    const std::int32_t start = s.past_only ? s.context : s.context - s.chunk;
     const std::int32_t past_pages = start / s.page_tokens;
     const auto kept = static_cast<std::int32_t>(std::max(1.0, past_pages * s.density + 0.5));
     std::vector<std::int32_t> logical;
@@ -188,11 +167,11 @@ class AttentionCase {
       units_.push_back({.q_len = s.chunk,
                         .q_head = g * group,
                         .kv_head = g,
-                        .list_tokens = past_tokens + s.chunk,
+                        .list_tokens = past_tokens + (s.past_only ? 0 : s.chunk),
                         .past_tokens = past_tokens});
     }
-    visible_pairs_ =
-        std::int64_t{s.num_q_heads} * (std::int64_t{past_tokens} * s.chunk + std::int64_t{s.chunk} * (s.chunk + 1) / 2);
+    const std::int64_t chunk_pairs = s.past_only ? 0 : std::int64_t{s.chunk} * (s.chunk + 1) / 2;
+    visible_pairs_ = std::int64_t{s.num_q_heads} * (std::int64_t{past_tokens} * s.chunk + chunk_pairs);
   }
 
   Shape shape_;
@@ -219,9 +198,31 @@ std::vector<Shape> shapes() {
       all.push_back({.head_dim = head_dim, .context = 32768, .density = density});
     all.push_back({.head_dim = head_dim, .context = 8192, .page_tokens = 16});
     all.push_back({.num_q_heads = 32, .num_kv_heads = 8, .head_dim = head_dim, .context = 4096, .token_major = true});
-    all.push_back({.head_dim = head_dim, .chunk = 1, .context = 32768});
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      all.push_back({.head_dim = head_dim, .chunk = 1, .context = 32768, .dtype = dtype});
+      all.push_back({.num_q_heads = 32,
+                     .num_kv_heads = 8,
+                     .head_dim = head_dim,
+                     .context = 8192,
+                     .dtype = dtype,
+                     .past_only = true});
+    }
   }
-  return all;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    all.push_back({.head_dim = 128, .chunk = 8192, .context = 8192, .dtype = dtype});
+  }
+  // The kernels of this machine for bf16 caches.
+  std::vector<Shape> with_kernels;
+  for (const Shape& shape : all) {
+    with_kernels.push_back(shape);
+    if (shape.dtype != DType::kBF16) continue;
+    for (const CpuKernel kernel : {CpuKernel::kBf16Dot, CpuKernel::kBf16Amx}) {
+      with_kernels.push_back(shape);
+      with_kernels.back().kernel = kernel;
+      if (!cpu_kernel_available(kernel)) with_kernels.pop_back();
+    }
+  }
+  return with_kernels;
 }
 
 }  // namespace
@@ -231,21 +232,19 @@ int main(int argc, char** argv) {
   std::int32_t repeats = 7;
   std::string json_path;
   std::string filter;
+  bool cpu_time = false;
   CLI::App app{"CPU attention beside sgemm"};
   app.add_option("--threads", threads, "threads of both; 0: every core");
   app.add_option("--repeats", repeats, "timed runs of each shape, at least 5")->check(CLI::Range(5, 1000));
   app.add_option("--json", json_path, "write the figures to this file");
   app.add_option("--case", filter, "only shapes whose name contains this");
-  app.add_flag("--cpu-time", use_cpu_time, "rates per CPU second, for one thread on a busy machine");
+  app.add_flag("--cpu-time", cpu_time, "rates per CPU second, for one thread on a busy machine");
   CLI11_PARSE(app, argc, argv);
-  if (use_cpu_time && threads != 1) {
-    fmt::print(stderr, "attention_cpu_bench: --cpu-time needs --threads 1\n");
-    return 2;
-  }
+  if (!compact::bench::use_cpu_time(cpu_time, threads)) return 2;
 
   compact::ThreadPool pool(threads);
   openblas_set_num_threads(pool.num_threads());
-  fmt::print("{} time   threads {}   kernel {}   {}\n", use_cpu_time ? "cpu" : "wall", pool.num_threads(),
+  fmt::print("{} time   threads {}   kernel {}   {}\n", compact::bench::clock_name(), pool.num_threads(),
              compact::cpu_attention_target(), openblas_get_config());
 
   std::vector<Sgemm> gemms;
@@ -269,6 +268,14 @@ int main(int argc, char** argv) {
       rates.push_back(attention.gflops_once(pool));
     }
     cases.push_back({{"name", shape_name(shape)},
+                     {"num_q_heads", shape.num_q_heads},
+                     {"num_kv_heads", shape.num_kv_heads},
+                     {"head_dim", shape.head_dim},
+                     {"chunk", shape.chunk},
+                     {"context", shape.context},
+                     {"dtype", compact::dtype_name(shape.dtype)},
+                     {"past_only", shape.past_only},
+                     {"density", shape.density},
                      {"gflops", median(rates)},
                      {"gflops_best", *std::max_element(rates.begin(), rates.end())}});
   }
@@ -278,32 +285,22 @@ int main(int argc, char** argv) {
   for (std::size_t i = 0; i < gemms.size(); ++i) {
     const double rate = median(gemm_rates[i]);
     sgemm = std::max(sgemm, rate);
-    fmt::print("sgemm {:<58} {:8.1f} GFLOP/s   best {:.1f}\n", gemms[i].name(), rate,
+    fmt::print("sgemm {:<78} {:8.1f} GFLOP/s   best {:.1f}\n", gemms[i].name(), rate,
                *std::max_element(gemm_rates[i].begin(), gemm_rates[i].end()));
     yardstick.push_back({{"name", gemms[i].name()}, {"gflops", rate}});
   }
   for (nlohmann::json& one : cases) {
     one["share_of_sgemm"] = one["gflops"].get<double>() / sgemm;
-    fmt::print("{:<64} {:8.1f} GFLOP/s   best {:6.1f}   {:5.1f} % of sgemm\n", one["name"].get<std::string>(),
+    fmt::print("{:<84} {:8.1f} GFLOP/s   best {:6.1f}   {:5.1f} % of sgemm\n", one["name"].get<std::string>(),
                one["gflops"].get<double>(), one["gflops_best"].get<double>(),
                100 * one["share_of_sgemm"].get<double>());
   }
-  if (!json_path.empty()) {
-    std::ofstream file(json_path);
-    file << nlohmann::json{{"clock", use_cpu_time ? "cpu" : "wall"},
-                           {"threads", pool.num_threads()},
-                           {"target", compact::cpu_attention_target()},
-                           {"openblas", openblas_get_config()},
-                           {"repeats", repeats},
-                           {"sgemm", yardstick},
-                           {"sgemm_gflops", sgemm},
-                           {"attention", cases}}
-                .dump(2)
-         << "\n";
-    if (!file) {
-      fmt::print(stderr, "attention_cpu_bench: cannot write {}\n", json_path);
-      return 1;
-    }
-  }
-  return 0;
+  return compact::bench::write_json(json_path, {{"clock", compact::bench::clock_name()},
+                                                {"threads", pool.num_threads()},
+                                                {"target", compact::cpu_attention_target()},
+                                                {"openblas", openblas_get_config()},
+                                                {"repeats", repeats},
+                                                {"sgemm", yardstick},
+                                                {"sgemm_gflops", sgemm},
+                                                {"attention", cases}});
 }

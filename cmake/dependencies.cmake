@@ -2,6 +2,8 @@
 find_package(Threads REQUIRED)
 find_package(PkgConfig REQUIRED)
 find_package(fmt REQUIRED)
+# CUDA binaries are carried to machines that have a driver and little else.
+set(COMPACT_FMT $<IF:$<BOOL:${COMPACT_CUDA}>,fmt::fmt-header-only,fmt::fmt>)
 pkg_check_modules(HWY REQUIRED IMPORTED_TARGET libhwy)
 if(COMPACT_ENGINE OR COMPACT_TESTS)
   find_package(nlohmann_json REQUIRED)

@@ -1,10 +1,10 @@
 """Runs the recorded benchmarks, stamps them, and writes the tables of README.md and benchmarks/README.md from them.
 
-    python3 tools/record_figures.py run       # on an idle machine, after the dev and release builds
+    python3 tools/record_figures.py run [NAME...]  # on an idle machine, after the dev and release builds; all, or these
     python3 tools/record_figures.py tables    # tables again from benchmarks/results/*.json
 
-No figure in those tables is typed by hand. Accuracy comes from tools/demo_model/evaluate_engine.py --json
-benchmarks/results/demo_accuracy.json, which needs its corpus and takes hours, so `run` leaves it alone.
+No figure in those tables is typed by hand. Accuracy comes from `compact eval ruler` and `compact eval merge --json
+benchmarks/results/demo_accuracy.json`, which take hours, so `run` leaves it alone.
 """
 
 import datetime
@@ -20,6 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "images" / "demo.svg"
 COMMANDS = {
     "attention_cpu": "build/dev/benchmarks/attention_cpu_bench --threads 2 --json {out}",
+    "cost_model_cpu": "build/dev/benchmarks/cost_model_bench --threads 1 --cpu-time --repeats 8 --json {out}",
+    "step_cpu": "build/dev/benchmarks/step_cpu_bench --threads 1 --cpu-time --json {out}",
     "demo_16k": "build/release/compact demo --json {out} --svg docs/images/demo.svg",
 }
 
@@ -36,10 +38,11 @@ def stamp(command: str) -> dict:
             "load_before": os.getloadavg()[0]}
 
 
-def run() -> None:
+def run(names: list) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    for name, command in COMMANDS.items():
+    for name in names or COMMANDS:
+        command = COMMANDS[name]
         out = RESULTS / f"{name}.json"
         mark = stamp(command.format(out=out.relative_to(ROOT)))
         print(mark["command"], flush=True)
@@ -74,16 +77,21 @@ def demo_table(figures: dict) -> str:
         f"| union inflation | | {compact['union_inflation']:.2f} | |", "", made_by(figures)])
 
 
-def accuracy_table(rows: list) -> str:
-    lines = ["| task | tokens | samples | dense | mean-key | density | union inflation |", "|---|---|---|---|---|---|---|"]
-    dense = {(row["task"], row["tokens"]): row for row in rows if row["selector"] == "dense"}
-    for row in rows:
-        if row["selector"] == "dense":
-            continue
-        base = dense[row["task"], row["tokens"]]
-        lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {base['accuracy']:.1f} | {row['accuracy']:.1f} | "
+def accuracy_table(figures: dict) -> str:
+    dense = {(row["task"], row["tokens"]): row for row in figures["rows"] if row["selector"] == "dense"}
+    compact = [row for row in figures["rows"] if row["selector"] != "dense"]
+    names = sorted({row["selector"] for row in compact})
+    if len(names) != 1:
+        sys.exit(f"demo_accuracy.json has the selectors {names} beside dense; the table has room for one")
+    lines = [f"| task | tokens | samples | dense | compact ({names[0]}) | difference, points [95 %] | density | union inflation |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in compact:
+        lines.append(f"| {row['task']} | {row['tokens']:,} | {row['samples']} | {dense[row['task'], row['tokens']]['accuracy']:.1f} | "
+                     f"{row['accuracy']:.1f} | {row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}] | "
                      f"{row['density']:.3f} | {row['union_inflation']:.2f} |")
-    return "\n".join(lines)
+    configuration = figures["configuration"]
+    return "\n".join([*lines, "", f"{configuration['form']} over held-out prose, greedy, final chunk {configuration['final_chunk']}, "
+                      f"seed {configuration['seed']}; configuration {figures['digest']}, which every shard of the run shares."])
 
 
 def attention_table(figures: dict) -> str:
@@ -91,6 +99,27 @@ def attention_table(figures: dict) -> str:
     lines = [f"Rates of this shared machine drift by 15 % and more within a run. sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
     lines += [f"| {row['name']} | {row['gflops']:.0f} | {row['gflops_best']:.0f} | {row['share_of_sgemm']:.0%} |" for row in figures["attention"]]
     return "\n".join([*lines, "", made_by(figures)])
+
+
+def step_table(figures: dict) -> str:
+    lines = [f"One layer, D {figures['head_dim']}, Hq {figures['num_q_heads']}, Hkv {figures['num_kv_heads']}, C {figures['chunk']}, "
+             f"{figures['dtype']}, kernel {figures['kernel']}, {figures['threads']} thread(s), {figures['clock']} time. Modes share the threshold at which "
+             f"adaptive reads a density of {figures['wanted_density']:.2f} with the default forced pages. The default policy gains from "
+             f"{figures['pays_from_tokens']:,} tokens on.", "",
+             "| context | mode | select ms | unite ms | attend ms | against dense | density | union inflation |", "|---|---|---|---|---|---|---|---|"]
+    for context in figures["contexts"]:
+        for row in context["modes"]:
+            lines.append(f"| {context['context']:,} | {row['name']} | {1e3 * row['select_seconds']:.1f} | {1e3 * row['unite_seconds']:.2f} | "
+                         f"{1e3 * row['attend_seconds']:.1f} | {row['speedup']:.2f}x | {row['density']:.3f} | {row['union_inflation']:.2f} |")
+    return "\n".join([*lines, "", made_by(figures)])
+
+
+def cost_table(figures: dict) -> str:
+    model = figures["cost_model"]
+    return "\n".join([f"In 1/1024 of a tile step ({1e6 * figures['tile_seconds']:.0f} us of a thread: 128 rows x 128 keys, D {figures['head_dim']}, "
+                      f"{figures['dtype']}, kernel {figures['kernel']}): per M-tile {model['m_tile']}, per 128 list tokens of a unit {model['list_tile']}, per "
+                      f"unit {model['unit']}. Relative error over {len(figures['points'])} shapes: median {figures['median_relative_error']:.1%}, worst "
+                      f"{figures['worst_relative_error']:.1%}.", "", made_by(figures)])
 
 
 def replace_block(path: pathlib.Path, name: str, text: str) -> None:
@@ -109,17 +138,23 @@ def tables() -> None:
         replace_block(ROOT / "README.md", "accuracy", text)
         replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
         recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`", "", text, "",
-                     "`tools/demo_model/evaluate_engine.py --json benchmarks/results/demo_accuracy.json` (its options: the table). "
-                     "Times in that file were taken on a busy machine and stand in no table.", ""]
+                     "`compact eval ruler -m assets/demo` with the table's tasks, lengths and samples, selectors `dense,mean-key`, in shards "
+                     "(`--shard`), joined by `compact eval merge --json benchmarks/results/demo_accuracy.json`. Times in that file are of "
+                     "machines that did other work and stand in no table.", ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
+    step, cost = load("step_cpu"), load("cost_model_cpu")
+    if step:
+        recorded += ["## The whole step on the CPU, `step_cpu.json`", "", step_table(step), ""]
+    if cost:
+        recorded += ["## Cost model of the CPU backend, `cost_model_cpu.json`", "", cost_table(cost), ""]
     if demo:
         recorded += ["## The demo, `demo_16k.json`", "", demo_table(demo).split("\n", 2)[2], ""]
     replace_block(ROOT / "benchmarks" / "README.md", "results", "\n".join(recorded).rstrip())
 
 
 if __name__ == "__main__":
-    actions = {"run": run, "tables": tables}
-    if len(sys.argv) != 2 or sys.argv[1] not in actions:
+    actions = {"run": run, "tables": lambda names: tables()}
+    if len(sys.argv) < 2 or sys.argv[1] not in actions or not set(sys.argv[2:]) <= set(COMMANDS):
         sys.exit(__doc__)
-    actions[sys.argv[1]]()
+    actions[sys.argv[1]](sys.argv[2:])

@@ -36,15 +36,15 @@ Status doctor(const DoctorFlags& flags) {
                          {"memory_available_gb", memory_gigabytes(_SC_AVPHYS_PAGES)},
                          {"backends", {"cpu"}},
                          {"selectors", selector_names()},
-                         {"modes", {"paper"}},
+                         {"modes", {"paper", "span", "tile", "adaptive"}},
                          {"architectures", {"LlamaForCausalLM", "Qwen3ForCausalLM"}}};
   fmt::print("compact {}\n", CA_VERSION_STRING);
   fmt::print("backend cpu      yes: {} kernels, {} threads, {:.1f} GB memory ({:.1f} GB free)\n",
              cpu_attention_target(), pool.num_threads(), memory_gigabytes(_SC_PHYS_PAGES),
              memory_gigabytes(_SC_AVPHYS_PAGES));
-  fmt::print("backend cuda     no: this version has no CUDA backend\n");
+  fmt::print("backend cuda     no: the engine runs on the CPU; attention on CUDA is in the library, not proven on hardware yet\n");
   fmt::print("selectors        {}\n", selector_names());
-  fmt::print("union modes      paper\n");
+  fmt::print("union modes      paper, span, tile, adaptive\n");
   fmt::print("architectures    LlamaForCausalLM, Qwen3ForCausalLM (dense); weights F32, BF16, F16\n");
   if (!flags.model_directory.empty()) {
     CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto"));

@@ -11,13 +11,20 @@ void GenerateFlags::add_selector_to(CLI::App& command) {
 }
 
 void GenerateFlags::add_to(CLI::App& command) {
+  add_prefill_to(command);
+  add_sampling_to(command);
+}
+
+void GenerateFlags::add_prefill_to(CLI::App& command) {
   command
       .add_option("--preset", preset,
                   "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
       ->capture_default_str();
   command.add_option("--share", share,
-                     "mean-key: keep a page whose share of a tile's attention estimate is at least this");
+                     "mean-key: keep a page whose share of a row's attention estimate is at least this");
   command.add_option("--alpha", alpha, "mean-key: keep a page whose energy is at least this times the largest");
+  command.add_option("--vote", vote,
+                     "mean-key: how the rows of a tile decide together: mean, or max (the largest share)");
   command.add_option("--lift", lift,
                      "mean-key: and whose share is at least this many times that of a page when all are equal");
   command
@@ -26,7 +33,13 @@ void GenerateFlags::add_to(CLI::App& command) {
           "How many pages a selector keeps: native (its own rule), threshold=X, top=X, mass=X or density=X, then "
           ",min=N and ,max=N pages")
       ->capture_default_str();
-  command.add_option("--mode", mode, "Union of the pages: paper (one list per chunk and KV head)")
+  command
+      .add_option(
+          "--mode", mode,
+          "Who shares a page list: paper (a whole chunk), span (--span tokens), tile (128 rows), adaptive (tiles "
+          "merged while that is cheaper)")
+      ->capture_default_str();
+  command.add_option("--span", options.sparsity.unite.span_tokens, "Query tokens that share a page list in mode span")
       ->capture_default_str();
   command.add_option("--backend", backend, "Where to compute: cpu")->capture_default_str();
   command.add_option("--chunk", options.chunk_tokens, "Tokens per prefill chunk")->capture_default_str();
@@ -44,9 +57,14 @@ void GenerateFlags::add_to(CLI::App& command) {
                   "Below this context a chunk reads every page, without a selection")
       ->capture_default_str();
   command
-      .add_option("--heads-per-unit", options.sparsity.heads_per_unit,
+      .add_option("--heads-per-unit", options.sparsity.unite.heads_per_unit,
                   "Query heads that share a page list; divides the query heads per KV head; 0: default")
       ->capture_default_str();
+  command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
+  command.add_option("--threads", threads, "CPU threads; 0: all this process may use")->capture_default_str();
+}
+
+void GenerateFlags::add_sampling_to(CLI::App& command) {
   command.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")->capture_default_str();
   command.add_option("--temperature", options.sampling.temperature, "0: greedy")->capture_default_str();
   command.add_option("--top-p", options.sampling.top_p, "Sample from the smallest set of this probability")
@@ -54,13 +72,10 @@ void GenerateFlags::add_to(CLI::App& command) {
   command.add_option("--top-k", options.sampling.top_k, "Sample from this many tokens at most; 0: all")
       ->capture_default_str();
   command.add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
-  command.add_option("--chat", chat, "Chat format: auto, none, llama3, chatml, qwen3")->capture_default_str();
-  command.add_option("--threads", threads, "CPU threads; 0: all this process may use")->capture_default_str();
 }
 
 Result<GenerateOptions> GenerateFlags::resolve() const {
   GenerateOptions resolved = options;
-  if (mode != "paper") return unsupported(fmt::format("--mode is '{}'\n  allowed: paper", mode));
   if (backend != "cpu") return unsupported(fmt::format("--backend is '{}'\n  allowed: cpu", backend));
   if (kv_dtype == "f32") {
     resolved.kv_dtype = DType::kF32;
@@ -81,6 +96,12 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
   if (share >= 0 && alpha >= 0) {
     return invalid_argument("--share and --alpha are two rules for one threshold\n  allowed: one of them");
   }
+  CA_ASSIGN_OR_RETURN(resolved.sparsity.unite.mode, union_mode_from_name(mode));
+  if ((resolved.sparsity.unite.mode == UnionMode::kSpan) != (resolved.sparsity.unite.span_tokens > 0)) {
+    return invalid_argument(
+        fmt::format("--mode is {} and --span is {}\n  allowed: --mode span with --span of 1 or more", mode,
+                    resolved.sparsity.unite.span_tokens));
+  }
   resolved.sparsity.selector.name = selector;
   CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.mean_key, mean_key_preset(preset));
   if (share >= 0) {
@@ -88,6 +109,11 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
     resolved.sparsity.selector.mean_key.alpha = -1;
   }
   if (alpha >= 0) resolved.sparsity.selector.mean_key.alpha = alpha;
+  if (vote == "mean" || vote == "max") {
+    resolved.sparsity.selector.mean_key.vote = vote == "max" ? RowVote::kMax : RowVote::kMean;
+  } else if (!vote.empty()) {
+    return invalid_argument(fmt::format("--vote is '{}'\n  allowed: mean, max", vote));
+  }
   if (lift >= 0) resolved.sparsity.selector.mean_key.lift = lift;
   CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.budget, parse_budget(budget));
   // An unknown selector should fail before a model is loaded.

@@ -13,12 +13,13 @@ namespace compact::engine {
 struct GenerateFlags {
   std::string selector = "mean-key";
   std::string preset = "mean-key";
-  std::string mode = "paper";
+  std::string mode = "adaptive";
   std::string backend = "cpu";
   std::string kv_dtype = "f32";
   std::string chat = "auto";
   float share = -1;  // < 0: the preset's
   float alpha = -1;  // < 0: the preset's
+  std::string vote;  // empty: the preset's
   float lift = -1;   // < 0: the preset's
   std::string budget = "native";
   std::int32_t threads = 0;
@@ -26,10 +27,14 @@ struct GenerateFlags {
 
   /// Adds every flag but --selector to a subcommand.
   void add_to(CLI::App& command);
+  /// Of these, what decides how a prompt is prefilled, and
+  void add_prefill_to(CLI::App& command);
+  /// how its answer is sampled.
+  void add_sampling_to(CLI::App& command);
   void add_selector_to(CLI::App& command);
 
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
-  /// is allowed; kUnsupported for a mode or backend that this version lacks.
+  /// is allowed; kUnsupported for a backend that this version lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
 };
 

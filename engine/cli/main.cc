@@ -16,7 +16,8 @@ namespace {
 // Exhausted KV pages count as bad arguments: the user chose too few for the prompt.
 int exit_code(const compact::Status& status) {
   if (status.ok()) return 0;
-  return status.code() == compact::StatusCode::kInternal ? 1 : 2;
+  using compact::StatusCode;
+  return status.code() == StatusCode::kInternal || status.code() == StatusCode::kCudaError ? 1 : 2;
 }
 
 }  // namespace
@@ -26,8 +27,8 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", CA_VERSION_STRING);
   app.require_subcommand(1);
   std::vector<std::pair<CLI::App*, compact::engine::CommandBody>> commands;
-  for (const auto add :
-       {compact::engine::add_run_command, compact::engine::add_demo_command, compact::engine::add_doctor_command}) {
+  for (const auto add : {compact::engine::add_run_command, compact::engine::add_demo_command,
+                         compact::engine::add_eval_command, compact::engine::add_doctor_command}) {
     auto body = add(app);
     commands.emplace_back(app.get_subcommands({}).back(), std::move(body));
   }

@@ -30,10 +30,10 @@ Result<ChunkAttention> ChunkAttention::create(const SparsityOptions& options, st
                                               std::int32_t num_q_heads, std::int32_t num_kv_heads,
                                               float softmax_scale) {
   const std::int32_t group = num_q_heads / num_kv_heads;
-  if (options.heads_per_unit < 0 || (options.heads_per_unit > 0 && group % options.heads_per_unit != 0)) {
-    return invalid_argument(
-        fmt::format("heads per unit is {}\n  allowed: a divisor of the model's {} query heads per KV head",
-                    options.heads_per_unit, group));
+  const std::int32_t heads_per_unit = options.unite.heads_per_unit;
+  if (heads_per_unit < 0 || (heads_per_unit > 0 && group % heads_per_unit != 0)) {
+    return invalid_argument(fmt::format(
+        "heads per unit is {}\n  allowed: a divisor of the model's {} query heads per KV head", heads_per_unit, group));
   }
   ChunkAttention attention;
   CA_ASSIGN_OR_RETURN(attention.selector_, make_selector(options.selector));
@@ -53,14 +53,15 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
     const StageTimer timer(report.append_seconds);
     CA_RETURN_IF_ERROR(cache.write(request, layer, chunk.chunk_start, k, v, pool));
   }
+  if (observer_) CA_RETURN_IF_ERROR(observer_({layer, chunk, q, cache, softmax_scale_, pool}));
 
   const std::span<const ChunkView> chunks(&chunk, 1);
-  const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_,          kv.page_tokens,
-                               kv.num_pages, options_.forced, options_.heads_per_unit};
-  DenseReason reason = DenseReason::kSelector;
-  if (!dense && selector_->name() != "dense") {
-    reason = crossover_before_selection(options_.crossover, chunk, kv.page_tokens);
-  }
+  options_.unite.cost = cpu_cost_model(best_cpu_kernel(kv.dtype));
+  const UnionInput union_input{chunks,       num_q_heads_,    num_kv_heads_, kv.page_tokens,
+                               kv.num_pages, options_.forced, options_.unite};
+  DenseReason reason = crossover_before_selection(options_.crossover, chunk, kv.page_tokens);
+  if (dense && reason != DenseReason::kFirstChunk) reason = DenseReason::kRequested;
+  if (selector_->name() == "dense") reason = DenseReason::kSelector;
   if (reason == DenseReason::kNone) {
     {
       const StageTimer timer(report.select_seconds);

@@ -3,8 +3,10 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "compact/attention.h"
@@ -20,8 +22,8 @@ struct SparsityOptions {
   SelectorOptions selector;
   ForcedPages forced;
   CrossoverPolicy crossover;
-  std::int32_t heads_per_unit = 0;  // 0: the library's default for the model's G
-  bool trace_pages = false;         // keep which pages every KV head read, for pictures
+  UnionOptions unite;
+  bool trace_pages = false;  // keep which pages every KV head read, for pictures
 };
 
 /// What a layer did over the chunks of a prefill.
@@ -40,9 +42,20 @@ struct LayerReport {
   [[nodiscard]] double attention_seconds() const noexcept { return select_seconds + unite_seconds + attend_seconds; }
 };
 
+/// What a layer's attention is about to work on: its keys are appended, nothing is selected yet.
+struct AttentionStep {
+  std::int32_t layer = 0;
+  const ChunkView& chunk;
+  ConstRows q;  // [C, Hq, D]  rotated
+  const PagedKvCache& cache;
+  float softmax_scale = 0;
+  ThreadPool& pool;
+};
+using AttentionObserver = std::function<Status(const AttentionStep& step)>;
+
 class ChunkAttention {
  public:
-  /// Errors: those of make_selector; kInvalidArgument if heads_per_unit does not divide G.
+  /// Errors: those of make_selector; kInvalidArgument if unite.heads_per_unit does not divide G.
   [[nodiscard]] static Result<ChunkAttention> create(const SparsityOptions& options, std::int32_t num_layers,
                                                      std::int32_t num_q_heads, std::int32_t num_kv_heads,
                                                      float softmax_scale);
@@ -51,9 +64,13 @@ class ChunkAttention {
   [[nodiscard]] SelectorNeeds needs() const noexcept { return selector_->needs(); }
 
   /// q: [C, Hq, D] and k, v: [C, Hkv, D], rotated. Appends k and v at `chunk.chunk_start` and writes o: [C, Hq, D].
-  /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps).
+  /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps, a dense
+  /// final chunk) and is counted as kRequested.
   [[nodiscard]] Status run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
                            ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool);
+
+  /// Called by every run from now on, for measurements. Its errors end the run.
+  void observe(AttentionObserver observer) { observer_ = std::move(observer); }
 
   [[nodiscard]] const std::vector<LayerReport>& reports() const noexcept { return reports_; }
   /// Forgets what was counted, e.g. when prefill ends and decode begins.
@@ -65,6 +82,7 @@ class ChunkAttention {
 
   SparsityOptions options_;
   std::unique_ptr<Selector> selector_;
+  AttentionObserver observer_;
   std::int32_t num_q_heads_ = 0;
   std::int32_t num_kv_heads_ = 0;
   float softmax_scale_ = 0;

@@ -51,6 +51,9 @@ void widen_to_f32(const TensorRef& tensor, std::int64_t first_element, std::int6
 }
 
 void Linear::apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const {
+  // The pool is the one source of threads: OpenBLAS would start as many again in every one of them and make sums depend
+  // on their number.
+  [[maybe_unused]] static const bool single_threaded_blas = (openblas_set_num_threads(1), true);
   const std::int32_t num_panels = (out_features_ + kPanelRows - 1) / kPanelRows;
   std::vector<std::vector<float>> scratch(static_cast<std::size_t>(pool.num_threads()));  // [threads][kPanelRows, in]
   const float beta = accumulate ? 1.0F : 0.0F;

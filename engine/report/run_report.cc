@@ -11,7 +11,7 @@ namespace {
 
 // "dense" names the execution when no list was ever wanted; otherwise the way lists are united.
 const char* mode_name(const GenerateOptions& options) {
-  return options.sparsity.selector.name == "dense" ? "dense" : "paper";
+  return options.sparsity.selector.name == "dense" ? "dense" : union_mode_name(options.sparsity.unite.mode);
 }
 
 nlohmann::json dense_decisions(const LayerReport& layer) {

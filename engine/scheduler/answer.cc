@@ -1,30 +1,16 @@
 #include "engine/scheduler/answer.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
-#include <cstdio>
 #include <optional>
 #include <system_error>
 #include <utility>
 
 #include "engine/model/stopwatch.h"
+#include "engine/report/progress.h"
 #include "engine/text/utf8.h"
 
 namespace compact::engine {
-namespace {
-
-// A line on the terminal that is rewritten in place; nothing when stderr goes to a file.
-void show_prefill_progress(std::int32_t done, std::int32_t total, double elapsed_seconds) {
-  if (isatty(STDERR_FILENO) == 0) return;
-  constexpr std::int32_t kBarCells = 30;
-  const auto filled = static_cast<std::int32_t>(std::int64_t{kBarCells} * done / total);
-  fmt::print(stderr, "\rprefill [{:#<{}}{:.<{}}] {} / {} tokens  {:.1f} s{}", "", filled, "", kBarCells - filled, done,
-             total, elapsed_seconds, done == total ? "\n" : "");
-  std::fflush(stderr);
-}
-
-}  // namespace
 
 Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat) {
   std::error_code error;
@@ -78,7 +64,8 @@ Result<Answer> answer_prompt(const LoadedModel& model, std::string_view prompt, 
   };
   GenerateCallbacks callbacks;
   callbacks.on_prefill = [&](std::int32_t done, std::int32_t total) {
-    show_prefill_progress(done, total, stopwatch.seconds());
+    show_progress("prefill", static_cast<double>(done) / total,
+                  fmt::format("{} / {} tokens  {:.1f} s", done, total, stopwatch.seconds()), done == total);
   };
   callbacks.on_token = [&](std::int32_t token) { emit(stream.push(model.tokenizer.decode(std::span(&token, 1)))); };
 

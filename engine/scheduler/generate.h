@@ -7,21 +7,16 @@
 #include <vector>
 
 #include "compact/status.h"
-#include "compact/tensor_view.h"
 #include "compact/thread_pool.h"
 #include "engine/model/chunk_attention.h"
 #include "engine/model/transformer.h"
 #include "engine/scheduler/sampler.h"
+#include "engine/scheduler/session.h"
 
 namespace compact::engine {
 
-struct GenerateOptions {
-  std::int32_t chunk_tokens = 1024;  // C of all chunks but the last
-  std::int32_t max_tokens = 128;     // tokens to generate at most
-  std::int32_t page_tokens = 128;    // P
-  std::int32_t kv_pages = 0;         // pages of the cache; 0: as many as this request can need
-  DType kv_dtype = DType::kF32;
-  SparsityOptions sparsity;  // prefill; decode steps read every page
+struct GenerateOptions : SessionOptions {
+  std::int32_t max_tokens = 128;  // tokens to generate at most
   SamplingOptions sampling;
   std::vector<std::int32_t> end_tokens;  // each ends the answer
 };
@@ -31,6 +26,8 @@ struct GenerateCallbacks {
   std::function<void(std::int32_t done, std::int32_t total)> on_prefill;
   /// After every sampled token that is not an end token.
   std::function<void(std::int32_t token)> on_token;
+  /// Asked after on_token: true ends the answer there, e.g. when it holds all that was looked for.
+  std::function<bool()> stop;
 };
 
 struct GenerateResult {
@@ -45,9 +42,8 @@ struct GenerateResult {
   std::vector<LayerReport> layers;  // of the prefill
 };
 
-/// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
-/// model has positions, options of sampler and selector), kOutOfMemory (a cache too small for the prompt: says how many
-/// pages it takes).
+/// Errors, all before any work: those of Session::create; kInvalidArgument (options of the sampler, no token to
+/// generate).
 [[nodiscard]] Result<GenerateResult> generate(const Transformer& model, std::span<const std::int32_t> prompt,
                                               const GenerateOptions& options, const GenerateCallbacks& callbacks,
                                               ThreadPool& pool);

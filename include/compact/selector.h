@@ -141,20 +141,26 @@ class Selector {
 };
 
 /// Which rows of a query block may score a page: those that see it from its last token on (kLast, FlashPrefill v1), or
-/// from its first (kFirst, v2).
-enum class PageVisibility : std::int32_t { kLast = 0, kFirst = 1 };
+/// from its first (kFirst, v2), or all rows of the block if the page ends before the block begins (kFull, ours): the
+/// mean of the block's own page holds the asking tokens themselves and would take the whole share.
+enum class PageVisibility : std::int32_t { kLast = 0, kFirst = 1, kFull = 2 };
 /// kRow: a softmax over the visible pages per row, then the mean over rows. kTile: one maximum for the whole tile.
 enum class ScoreNorm : std::int32_t { kRow = 0, kTile = 1 };
+/// How the rows of a tile decide together. kMean: the mean of their shares (kTile: the sum of their weights), as
+/// published. kMax: the largest, so that one asking row among 128 is heard.
+enum class RowVote : std::int32_t { kMean = 0, kMax = 1 };
 /// kPacked: 128/G tokens x the G heads of a KV head, one mask row per KV head. kPerHead: 128 tokens x one query head.
 enum class TileShape : std::int32_t { kPacked = 0, kPerHead = 1 };
 
 /// The mean-key selector (docs/design/method.md 3.5). Page energy E[j] is a page's share of the softmax over mean keys.
 struct MeanKeyOptions {
   TileShape tile = TileShape::kPacked;
-  PageVisibility visible = PageVisibility::kLast;
+  PageVisibility visible = PageVisibility::kFull;
   ScoreNorm norm = ScoreNorm::kRow;
-  /// keep j iff E[j] >= share. Only with kRow, whose energies sum to 1. At most 1; 0 or less keeps every page.
-  float share = 0.03F;
+  RowVote vote = RowVote::kMax;
+  /// keep j iff E[j] >= share. Only with kRow, whose energies are shares of a row. At most 1; 0 or less keeps every
+  /// page.
+  float share = 0.1F;
   /// and only if E[j] >= lift / (pages scored), so many times the share of a page when all are equal; 0: off. Without
   /// it a flat head keeps everything while it has fewer than 1 / share pages.
   float lift = 0.0F;

@@ -18,6 +18,7 @@ enum class StatusCode : std::int32_t {
   kOutOfMemory = 3,      ///< memory or KV pages are exhausted; the message says how much is needed
   kIoError = 4,          ///< a file is missing, truncated or malformed
   kInternal = 5,         ///< an invariant of this library is broken
+  kCudaError = 6,        ///< the CUDA runtime or driver failed; the message is its text
 };
 
 /// Name of a code as users see it, e.g. "invalid argument". Static storage.
@@ -46,6 +47,7 @@ class [[nodiscard]] Status {
 }
 [[nodiscard]] inline Status io_error(std::string message) { return {StatusCode::kIoError, std::move(message)}; }
 [[nodiscard]] inline Status internal_error(std::string message) { return {StatusCode::kInternal, std::move(message)}; }
+[[nodiscard]] inline Status cuda_error(std::string message) { return {StatusCode::kCudaError, std::move(message)}; }
 
 /// Either a value or the Status that says why there is none.
 template <class T>

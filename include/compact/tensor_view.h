@@ -8,10 +8,13 @@ namespace compact {
 enum class DType : std::int32_t {
   kF32 = 0,
   kBF16 = 1,  ///< IEEE binary32 with the low 16 bits dropped, round to nearest even
+  kF16 = 2,   ///< IEEE binary16; CUDA attention only
 };
 
 [[nodiscard]] constexpr std::int64_t dtype_bytes(DType dtype) noexcept { return dtype == DType::kF32 ? 4 : 2; }
-[[nodiscard]] constexpr const char* dtype_name(DType dtype) noexcept { return dtype == DType::kF32 ? "f32" : "bf16"; }
+[[nodiscard]] constexpr const char* dtype_name(DType dtype) noexcept {
+  return dtype == DType::kF32 ? "f32" : dtype == DType::kBF16 ? "bf16" : "f16";
+}
 
 /// Query or output rows of a ragged batch: [T, heads, D] fp32, D contiguous.
 template <class T>

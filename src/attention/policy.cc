@@ -8,13 +8,6 @@
 namespace compact {
 namespace {
 
-// Unit = 1/1024 of a 128 x 128 tile step. Start values of docs/design/method.md 5.3.
-constexpr std::int64_t kTileTokens = 128;
-constexpr std::int64_t kTileCost = 1024;   // scores and values of 128 rows with 128 keys
-constexpr std::int64_t kTileOverhead = 2;  // tile steps that an M-tile pays once: load Q, normalise, store O
-constexpr std::int64_t kPageCost = 358;    // bringing 128 tokens of K and V near the core, once per unit
-constexpr std::int64_t kUnitCost = 1024;
-
 std::int32_t list_pages(const AttentionUnit& unit, std::int32_t page_tokens) {
   // Only the last page of a list may be partly filled.
   return (unit.list_tokens + page_tokens - 1) / page_tokens;
@@ -46,6 +39,10 @@ void append(const PageLists& from, const ChunkRange& range, PageLists& to) {
   for (std::size_t u = range.unit_begin; u < range.unit_end; ++u) {
     to.units.push_back(from.units[u]);
     to.units.back().list_begin += shift;
+    if (from.dropped.empty()) continue;
+    const auto ids = from.dropped_ids.begin() + from.dropped[u].begin;
+    to.dropped.push_back({static_cast<std::int32_t>(to.dropped_ids.size()), from.dropped[u].count});
+    to.dropped_ids.insert(to.dropped_ids.end(), ids, ids + from.dropped[u].count);
   }
   to.page_ids.insert(to.page_ids.end(), from.page_ids.begin() + range.list_begin,
                      from.page_ids.begin() + range.list_end);
@@ -62,6 +59,7 @@ const char* dense_reason_name(DenseReason reason) noexcept {
     case DenseReason::kFirstChunk: return "first_chunk";
     case DenseReason::kShortContext: return "short_context";
     case DenseReason::kHighDensity: return "high_density";
+    case DenseReason::kRequested: return "requested";
   }
   return "unknown";
 }
@@ -71,19 +69,6 @@ DenseReason crossover_before_selection(const CrossoverPolicy& policy, const Chun
   if (chunk.num_past_pages(page_tokens) == 0) return DenseReason::kFirstChunk;
   if (chunk.context_tokens() < policy.min_context_tokens) return DenseReason::kShortContext;
   return DenseReason::kNone;
-}
-
-// cost = M (n t_tile + o_item t_tile) + n t_page + t_unit with n in tiles of 128 list tokens: for P = 128 the formula
-// of docs/design/method.md 5.3 as it stands; other page sizes pay by the token.
-std::int64_t unit_cost(std::int32_t q_len, std::int32_t heads_per_unit, std::int32_t list_pages,
-                       std::int32_t page_tokens) noexcept {
-  if (q_len <= 0) return 0;
-  const std::int64_t heads_per_tile = heads_per_unit & -heads_per_unit;  // hpt: largest power of two that divides
-  const std::int64_t tokens_per_tile = kTileTokens / heads_per_tile > 0 ? kTileTokens / heads_per_tile : 1;
-  const std::int64_t m_tiles = (heads_per_unit / heads_per_tile) * ((q_len + tokens_per_tile - 1) / tokens_per_tile);
-  const std::int64_t list_tokens = std::int64_t{list_pages} * page_tokens;
-  return m_tiles * (list_tokens * (kTileCost / kTileTokens) + kTileOverhead * kTileCost) +
-         list_tokens * kPageCost / kTileTokens + kUnitCost;
 }
 
 Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& input, PageLists& lists,
@@ -99,6 +84,11 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
   }
   const std::int64_t dense_units = input.num_q_heads / lists.heads_per_unit;
 
+  if (!lists.dropped.empty() && lists.dropped.size() != lists.units.size()) {
+    return invalid_argument(
+        fmt::format("crossover: dropped pages of {} units for {} units", lists.dropped.size(), lists.units.size()));
+  }
+
   PageLists result;
   result.heads_per_unit = lists.heads_per_unit;
   result.chunk_stats = lists.chunk_stats;
@@ -110,11 +100,12 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
     next_unit = range.unit_end;
     std::int64_t cost = 0;
     for (std::size_t u = range.unit_begin; u < range.unit_end; ++u) {
-      cost += unit_cost(lists.units[u].q_len, lists.heads_per_unit, list_pages(lists.units[u], input.page_tokens),
-                        input.page_tokens);
+      cost += unit_cost(input.options.cost, lists.units[u].q_len, lists.heads_per_unit,
+                        list_pages(lists.units[u], input.page_tokens), input.page_tokens);
     }
-    const std::int64_t dense_cost = dense_units * unit_cost(chunk.chunk_tokens, lists.heads_per_unit,
-                                                            chunk.num_pages(input.page_tokens), input.page_tokens);
+    const std::int64_t dense_cost =
+        dense_units * unit_cost(input.options.cost, chunk.chunk_tokens, lists.heads_per_unit,
+                                chunk.num_pages(input.page_tokens), input.page_tokens);
     // Without a past the lists hold every page already.
     const bool may_change =
         reasons[b] == DenseReason::kNone && chunk.chunk_tokens > 0 && chunk.num_past_pages(input.page_tokens) > 0;
@@ -124,7 +115,8 @@ Status crossover_after_union(const CrossoverPolicy& policy, const UnionInput& in
     }
     UnionInput only = input;
     only.chunks = input.chunks.subspan(b, 1);
-    only.heads_per_unit = lists.heads_per_unit;
+    only.options.heads_per_unit = lists.heads_per_unit;
+    only.options.list_dropped = !lists.dropped.empty();
     PageLists dense;
     CA_RETURN_IF_ERROR(build_dense_lists(only, dense));
     append(dense, chunk_range(dense, chunk, input.page_tokens, 0), result);

@@ -97,6 +97,37 @@ Status check_unit(const AttentionInput& input, std::size_t u) {
   return {};
 }
 
+Status check_correction(const AttentionInput& input) {
+  const MeanCorrection& correction = input.correction;
+  if (correction.dropped.empty()) return {};
+  if (correction.dropped.size() != input.units.size()) {
+    return wrong("correction.dropped has {} entries; 0 or one for each of the {} units", correction.dropped.size(),
+                 input.units.size());
+  }
+  if (correction.mean_k == nullptr) return wrong("correction.mean_k is null");
+  if (correction.mean_v == nullptr) return wrong("correction.mean_v is null");
+  if (correction.count == nullptr) return wrong("correction.count is null");
+  for (std::size_t u = 0; u < correction.dropped.size(); ++u) {
+    const DroppedPages& dropped = correction.dropped[u];
+    const std::int64_t end = std::int64_t{dropped.begin} + dropped.count;
+    if (dropped.begin < 0 || dropped.count < 0 || end > static_cast<std::int64_t>(correction.dropped_ids.size())) {
+      return wrong("unit {}: dropped pages [{}, {}) lie outside the {} dropped ids", u, dropped.begin, end,
+                   correction.dropped_ids.size());
+    }
+    for (std::int64_t e = dropped.begin; e < end; ++e) {
+      const std::int32_t page = correction.dropped_ids[static_cast<std::size_t>(e)];
+      if (page < 0 || page >= input.kv.num_pages) {
+        return wrong("unit {}: dropped_ids[{}] is {}; 0 to {}", u, e, page, input.kv.num_pages - 1);
+      }
+      if (correction.count[page] != input.kv.page_tokens) {
+        return wrong("unit {}: the means of dropped page {} cover {} tokens; all {} (a stale or missing summary)", u,
+                     page, correction.count[page], input.kv.page_tokens);
+      }
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 Status validate_attention(const AttentionInput& input, const AttentionOutput& output) {
@@ -117,8 +148,11 @@ Status validate_attention(const AttentionInput& input, const AttentionOutput& ou
   if (!std::isfinite(input.softmax_scale) || input.softmax_scale <= 0) {
     return wrong("softmax_scale is {}; finite and positive", input.softmax_scale);
   }
+  if (!(input.skip_lambda >= 0 && input.skip_lambda < 1)) {
+    return wrong("skip_lambda is {}; at least 0 (off) and below 1", input.skip_lambda);
+  }
   for (std::size_t u = 0; u < input.units.size(); ++u) CA_RETURN_IF_ERROR(check_unit(input, u));
-  return {};
+  return check_correction(input);
 }
 
 }  // namespace compact

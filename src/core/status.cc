@@ -10,6 +10,7 @@ const char* status_code_name(StatusCode code) noexcept {
     case StatusCode::kOutOfMemory: return "out of memory";
     case StatusCode::kIoError: return "I/O error";
     case StatusCode::kInternal: return "internal error";
+    case StatusCode::kCudaError: return "CUDA error";
   }
   return "unknown status";
 }

@@ -53,9 +53,13 @@ std::int64_t tile_energies(const SelectInput& input, const MeanKeyOptions& optio
       shift = *std::max_element(row.begin(), row.end());
       double sum = 0;
       for (const double a : row) sum += std::exp(a - shift);
-      weight = 1 / (sum * voting_rows);
+      weight = 1 / sum;
+      if (options.vote == RowVote::kMean) weight /= voting_rows;
     }
-    for (std::size_t k = 0; k < row.size(); ++k) energy[k] += weight * std::exp(row[k] - shift);
+    for (std::size_t k = 0; k < row.size(); ++k) {
+      const double part = weight * std::exp(row[k] - shift);
+      energy[k] = options.vote == RowVote::kMax ? std::max(energy[k], part) : energy[k] + part;
+    }
   }
   return nonfinite_rows;
 }
@@ -122,9 +126,11 @@ void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options,
   tile.rows = block.tokens * tile.heads;
   tile.past_pages = chunk.num_past_pages(page_tokens);
 
-  // Complete pages that end at or before the last query of the tile. Their tokens are in the cache by now: append comes
-  // before selection. A page of the chunk whose summary is not complete (the caller keeps no means for it) is left out.
-  const std::int32_t end = (block.first_position + block.tokens) / page_tokens;
+  // Complete pages that end at or before the last query of the tile (kFull: before the first). Their tokens are in the
+  // cache by now: append comes before selection. A page of the chunk whose summary is not complete (the caller keeps no
+  // means for it) is left out.
+  const bool full = options.visible == PageVisibility::kFull;
+  const std::int32_t end = (block.first_position + (full ? 0 : block.tokens)) / page_tokens;
   tile.scored_pages.clear();
   for (std::int32_t j = 0; j < end; ++j) {
     if (j < tile.past_pages || input.summaries.count[chunk.page_table[j]] == page_tokens)
@@ -134,9 +140,10 @@ void make_mean_key_tile(const SelectInput& input, const MeanKeyOptions& options,
   tile.visible.clear();
   for (std::int32_t r = 0; r < tile.rows; ++r) {
     const std::int32_t position = block.first_position + r / tile.heads;
-    // kLast: the row stands at or after the page's last token; kFirst: at or after its first.
-    const std::int32_t visible_end =
-        options.visible == PageVisibility::kLast ? (position + 1) / page_tokens : position / page_tokens + 1;
+    // kFull: the page ends before the block; kLast: the row stands at or after its last token; kFirst: at its first.
+    const std::int32_t visible_end = full                                       ? end
+                                     : options.visible == PageVisibility::kLast ? (position + 1) / page_tokens
+                                                                                : position / page_tokens + 1;
     const auto seen = std::lower_bound(tile.scored_pages.begin(), tile.scored_pages.end(), visible_end);
     tile.visible.push_back(static_cast<std::int32_t>(seen - tile.scored_pages.begin()));
   }

@@ -4,10 +4,11 @@
 ///   a[r,j]   = s * q_r . mean_k[j]                     r = (token, head) of the tile, page j visible to r
 ///   row norm:  E[j] = mean over r of exp(a[r,j]) / sum over visible j' of exp(a[r,j'])
 ///   tile norm: E[j] = sum over r of exp(a[r,j] - M)    M = max over the tile
+///   vote max:  the maximum over r in place of mean or sum
 ///   keep past page j  iff  E[j] >= threshold           threshold = max(share, lift / n), n scored pages,
 ///                                                      or alpha * max over all scored pages of E
 ///
-/// Scored are the complete pages that end at or before the tile's last query. Those of the chunk itself (boundary page
+/// Scored are the complete pages that end at or before the tile's last query (visible `full`: before its first). Those of the chunk itself (boundary page
 /// included) take part in sums and maxima, never in the mask. Rows that see no page drop out. A row with a NaN or +inf
 /// score, or without a finite one, keeps all its pages and is counted.
 #pragma once

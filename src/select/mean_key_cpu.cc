@@ -24,7 +24,8 @@ struct Scratch {
 
 // Energies of the tile's scored pages. Returns the number of rows with non-finite scores; if there are any, the
 // energies are not computed.
-std::int64_t tile_energies(const SelectInput& input, ScoreNorm norm, const QueryBlock& block, Scratch& own) {
+std::int64_t tile_energies(const SelectInput& input, const MeanKeyOptions& options, const QueryBlock& block,
+                           Scratch& own) {
   const ChunkView& chunk = input.chunks[static_cast<std::size_t>(block.chunk)];
   own.rows.clear();
   for (std::int32_t r = 0; r < own.tile.rows; ++r) {
@@ -49,19 +50,22 @@ std::int64_t tile_energies(const SelectInput& input, ScoreNorm norm, const Query
   for (std::int32_t r = 0; r < own.tile.rows; ++r) {
     if (own.softmax.sees(r)) tile_max = std::max(tile_max, own.softmax.row_max()[r]);
   }
-  const float vote = norm == ScoreNorm::kRow ? 1.0F / static_cast<float>(own.softmax.num_seeing_rows()) : 1.0F;
+  const bool row_norm = options.norm == ScoreNorm::kRow;
+  const float vote = row_norm ? 1.0F / static_cast<float>(own.softmax.num_seeing_rows()) : 1.0F;
   for (std::int32_t r = 0; r < own.tile.rows; ++r) {
     if (!own.softmax.sees(r)) continue;
     own.weights[static_cast<std::size_t>(r)] = vote;
-    own.reference[static_cast<std::size_t>(r)] = norm == ScoreNorm::kRow ? own.softmax.row_max()[r] : tile_max;
+    own.reference[static_cast<std::size_t>(r)] = row_norm ? own.softmax.row_max()[r] : tile_max;
   }
-  if (norm == ScoreNorm::kRow) {
+  if (row_norm) {
     own.softmax.total_rows(0, num_groups, own.reference.data(), own.scales.data());
     for (float& scale : own.scales) scale = scale > 0 ? 1.0F / scale : 0.0F;
   }
   own.energy.resize(own.tile.scored_pages.size());
+  const bool by_max = options.vote == RowVote::kMax;
   own.softmax.join_rows(0, num_groups, own.reference.data(), own.scales.data(), own.weights.data(),
-                        std::numeric_limits<float>::infinity(), own.energy.data(), nullptr);
+                        std::numeric_limits<float>::infinity(), by_max ? nullptr : own.energy.data(),
+                        by_max ? own.energy.data() : nullptr);
   return 0;
 }
 
@@ -105,7 +109,7 @@ Status select_mean_key_cpu(const SelectInput& input, const MeanKeyOptions& optio
                        const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
                        make_mean_key_tile(input, options, block, head, own.tile);
                        RowVerdict verdict;
-                       verdict.nonfinite_rows = tile_energies(input, options.norm, block, own);
+                       verdict.nonfinite_rows = tile_energies(input, options, block, own);
                        if (verdict.nonfinite_rows > 0) return verdict;
                        return judge_mean_key(options, value, std::span<const float>(own.energy), own.tile.past_pages,
                                              scores);

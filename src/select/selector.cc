@@ -40,11 +40,13 @@ struct Preset {
 constexpr Preset kMeanKeyPresets[] = {
     {"mean-key", MeanKeyOptions{}},
     // CompactAttention, arXiv 2605.16839: the v1 score before a union over the chunk.
-    {"compact", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.0F, 0.06F}},
+    {"compact", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, RowVote::kMean, 0.0F, 0.0F, 0.06F}},
     // FlashPrefill, arXiv 2603.06199.
-    {"flashprefill-v1", {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, 0.0F, 0.0F, 0.18F}},
+    {"flashprefill-v1",
+     {TileShape::kPerHead, PageVisibility::kLast, ScoreNorm::kTile, RowVote::kMean, 0.0F, 0.0F, 0.18F}},
     // FlashPrefill v2, arXiv 2608.19758.
-    {"flashprefill-v2", {TileShape::kPacked, PageVisibility::kFirst, ScoreNorm::kTile, 0.0F, 0.0F, 0.1F}},
+    {"flashprefill-v2",
+     {TileShape::kPacked, PageVisibility::kFirst, ScoreNorm::kTile, RowVote::kMean, 0.0F, 0.0F, 0.1F}},
 };
 
 Status check_fields(const char* who, const PageSummaryView& summaries, const SummaryFields& needed) {

@@ -1,152 +1,204 @@
-// Masks -> unions -> page lists, 64 pages a word (docs/design/method.md 5.1, 5.2 mode `paper`, 5.5, forced pages of
-// section 4).
+// Masks -> unions -> page lists, 64 pages a word (docs/design/method.md 5.1, 5.2, 5.4, 5.5, forced pages of section 4).
 //
-// Two parallel passes over units with one prefix sum between them: OR the member rows and count, then emit each list
-// into its own region. Integer work throughout: any number of threads gives the same lists.
+// Spans are fixed first (spans.h); then parallel passes: OR the member rows of every (sub-group, span) and count
+// (span_unions.h); in mode adaptive merge neighbours on a tree (unit_plan.h, span_tree.h); emit each list into its own
+// region (here). Integer work throughout: any number of threads gives the same lists.
 #include "compact/block_union.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "src/core/bit_words.h"
+#include "src/unite/unit_plan.h"
 
 namespace compact {
 namespace {
 
-// Resolved and checked form of UnionInput.
-struct Shape {
-  std::int32_t group = 1;  // G
-  std::int32_t heads_per_unit = 1;
-  std::int32_t units_per_chunk = 0;  // KV heads x sub-groups
-};
+constexpr std::array<const char*, 4> kModeNames = {"paper", "span", "tile", "adaptive"};  // [UnionMode]
 
-Result<Shape> check_union_input(const UnionInput& input) {
-  if (input.num_kv_heads < 1 || input.num_q_heads < 1 || input.num_q_heads % input.num_kv_heads != 0) {
-    return invalid_argument(fmt::format("unite: {} query heads and {} KV heads; allowed: a multiple of the KV heads",
-                                        input.num_q_heads, input.num_kv_heads));
-  }
-  if (input.page_tokens < 1) {
-    return invalid_argument(fmt::format("unite: page_tokens is {}; allowed: 1 or more", input.page_tokens));
-  }
-  if (input.forced.sink_tokens < 0 || input.forced.window_tokens < 0) {
-    return invalid_argument(fmt::format("unite: {} sink and {} window tokens; allowed: 0 or more",
-                                        input.forced.sink_tokens, input.forced.window_tokens));
-  }
-  Shape shape;
-  shape.group = input.num_q_heads / input.num_kv_heads;
-  shape.heads_per_unit = input.heads_per_unit == 0 ? default_heads_per_unit(shape.group) : input.heads_per_unit;
-  if (shape.heads_per_unit < 1 || shape.group % shape.heads_per_unit != 0) {
-    return invalid_argument(fmt::format("unite: heads_per_unit is {}; allowed: 0 (default) or a divisor of G = {}",
-                                        shape.heads_per_unit, shape.group));
-  }
-  shape.units_per_chunk = input.num_q_heads / shape.heads_per_unit;
-
-  for (std::size_t b = 0; b < input.chunks.size(); ++b) {
-    const ChunkView& chunk = input.chunks[b];
-    if (chunk.q_begin < 0 || chunk.chunk_start < 0 || chunk.chunk_tokens < 0 ||
-        std::int64_t{chunk.chunk_start} + chunk.chunk_tokens + input.page_tokens >
-            std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument(fmt::format(
-          "unite: chunk {} has {} tokens from position {}, first row {}; allowed: none negative, context and "
-          "a page below 2^31 tokens",
-          b, chunk.chunk_tokens, chunk.chunk_start, chunk.q_begin));
-    }
-    if (chunk.chunk_tokens == 0) continue;
-    if (chunk.page_table == nullptr) return invalid_argument(fmt::format("unite: chunk {} has no page table", b));
-    for (std::int32_t j = 0; j < chunk.num_pages(input.page_tokens); ++j) {
-      if (chunk.page_table[j] < 0 || chunk.page_table[j] >= input.num_physical_pages) {
-        return invalid_argument(fmt::format("unite: chunk {}: page table entry {} is {}; allowed: 0..{}", b, j,
-                                            chunk.page_table[j], input.num_physical_pages - 1));
-      }
-    }
-  }
-  return shape;
-}
-
-// The mask's blocks must cover every chunk exactly, in order, and name past pages only.
-Status check_mask(const UnionInput& input, const BlockMask& mask) {
-  if (mask.mask_heads != input.num_q_heads && mask.mask_heads != input.num_kv_heads) {
-    return invalid_argument(
-        fmt::format("unite: the mask has {} heads; allowed: {} (per query head) or {} (per KV head)", mask.mask_heads,
-                    input.num_q_heads, input.num_kv_heads));
-  }
-  const auto num_blocks = static_cast<std::int32_t>(mask.blocks.size());
-  if (mask.words_per_row < 0 ||
-      static_cast<std::int64_t>(mask.words.size()) != std::int64_t{mask.mask_heads} * num_blocks * mask.words_per_row) {
-    return invalid_argument(fmt::format("unite: the mask has {} words; expected {} heads x {} blocks x {} words",
-                                        mask.words.size(), mask.mask_heads, num_blocks, mask.words_per_row));
-  }
-  std::int32_t i = 0;
-  for (std::size_t b = 0; b < input.chunks.size(); ++b) {
-    const ChunkView& chunk = input.chunks[b];
-    const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
-    std::int32_t done = 0;  // tokens of the chunk
-    for (; done < chunk.chunk_tokens; ++i) {
-      if (i == num_blocks) {
-        return invalid_argument(fmt::format("unite: the mask's query blocks end before chunk {}, position {}", b,
-                                            chunk.chunk_start + done));
-      }
-      const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
-      if (block.chunk != static_cast<std::int32_t>(b) || block.first_position != chunk.chunk_start + done ||
-          block.q_begin != chunk.q_begin + done || block.tokens < 1 || block.tokens > chunk.chunk_tokens - done) {
-        return invalid_argument(fmt::format(
-            "unite: query block {} of the mask has {} tokens of chunk {} from position {}, row {}; expected chunk {}, "
-            "position {}, row {}, at most {} tokens",
-            i, block.tokens, block.chunk, block.first_position, block.q_begin, b, chunk.chunk_start + done,
-            chunk.q_begin + done, chunk.chunk_tokens - done));
-      }
-      if (mask.words_per_row < words_for_bits(past_pages)) {
-        return invalid_argument(fmt::format("unite: mask rows have {} words; chunk {} has {} past pages",
-                                            mask.words_per_row, b, past_pages));
-      }
-      for (std::int32_t head = 0; head < mask.mask_heads; ++head) {
-        if (any_bit_from(mask.row(head, i), mask.words_per_row, past_pages)) {
-          return invalid_argument(fmt::format(
-              "unite: mask row (head {}, query block {}) names a page that is not past; chunk {} has {} past pages",
-              head, i, b, past_pages));
-        }
-      }
-      done += block.tokens;
-    }
-  }
-  if (i != num_blocks) {
-    return invalid_argument(fmt::format("unite: the mask has {} query blocks; the chunks have {}", num_blocks, i));
-  }
-  return {};
-}
-
-// Sink and window of one query block, past pages only.
-void add_forced_pages(const UnionInput& input, const QueryBlock& block, std::int32_t past_pages, std::uint64_t* words) {
-  const ForcedRanges ranges = forced_ranges(input.forced, block, input.page_tokens, past_pages);
-  set_bits(words, 0, ranges.sink_end);
-  set_bits(words, ranges.window_begin, ranges.window_end);
-}
-
-struct ChunkPlan {
-  std::int32_t chunk = 0;
-  std::int32_t first_block = 0;  // in mask.blocks
-  std::int32_t num_blocks = 0;
-  std::int32_t past_pages = 0;  // Np
-  std::int32_t num_pages = 0;   // Kb
-};
-
-AttentionUnit make_unit(const ChunkView& chunk, const Shape& shape, std::int32_t sub_group, std::int32_t page_tokens,
-                        std::int32_t listed_past_pages) {
+// The unit of a whole chunk that lists every page.
+AttentionUnit whole_chunk_unit(const ChunkView& chunk, std::int32_t q_head, std::int32_t group) {
   AttentionUnit unit;
   unit.q_begin = chunk.q_begin;
   unit.q_len = chunk.chunk_tokens;
-  unit.q_head = sub_group * shape.heads_per_unit;
-  unit.kv_head = unit.q_head / shape.group;
-  // The older tokens of the boundary page precede the chunk.
-  unit.past_tokens = listed_past_pages * page_tokens + chunk.chunk_start % page_tokens;
+  unit.q_head = q_head;
+  unit.kv_head = q_head / group;
+  unit.past_tokens = chunk.chunk_start;
   unit.list_tokens = unit.past_tokens + chunk.chunk_tokens;
-  unit.causal_shift = 0;  // the span is the whole chunk
   return unit;
 }
 
+Status too_many_entries() {
+  return invalid_argument("unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
+}
+
+// Builds the lists of planned units; one pass after the other.
+class ListBuilder {
+ public:
+  ListBuilder(const UnionInput& input, const BlockMask& mask, UnitPlan plan, PageLists& lists)
+      : input_(input), mask_(mask), plan_(std::move(plan)), lists_(lists), words_(words_of(mask)) {
+    listed_.resize(plan_.units.size());
+  }
+
+  // The union of a unit takes the place of its first span's.
+  void unite(ThreadPool& pool) {
+    for_units(pool, [this](std::size_t u, std::int32_t) {
+      std::uint64_t* united = union_of(u);
+      for (std::int64_t i = plan_.units[u].first_union + 1; i < plan_.units[u].end_union; ++i) {
+        const std::uint64_t* other = plan_.unions.words.data() + static_cast<std::size_t>(i) * words_;
+        for (std::size_t w = 0; w < words_; ++w) united[w] |= other[w];
+      }
+      for (std::size_t w = 0; w < words_; ++w) listed_[u] += std::popcount(united[w]);
+    });
+  }
+
+  // Records, places of the lists, statistics.
+  Status place() {
+    lists_.heads_per_unit = plan_.unions.heads_per_unit;
+    lists_.units.clear();
+    lists_.dropped.clear();
+    lists_.chunk_stats.assign(input_.chunks.size(), {});
+    std::int64_t entries = 0;
+    std::int64_t dropped = 0;
+    for (std::size_t u = 0; u < plan_.units.size(); ++u) {
+      const ChunkPlan& chunk_plan = chunk_plan_of(u);
+      AttentionUnit unit = record_of(u);
+      unit.list_begin = static_cast<std::int32_t>(entries);
+      lists_.units.push_back(unit);
+      entries += listed_[u] + chunk_plan.chunk_pages;
+      if (input_.options.list_dropped) {
+        lists_.dropped.push_back({static_cast<std::int32_t>(dropped), chunk_plan.past_pages - listed_[u]});
+        dropped += lists_.dropped.back().count;
+      }
+      if (std::max(entries, dropped) > std::numeric_limits<std::int32_t>::max()) return too_many_entries();
+      const std::int64_t rows = std::int64_t{unit.q_len} * lists_.heads_per_unit;
+      std::int64_t wanted = 0;
+      for (std::int64_t i = plan_.units[u].first_union; i < plan_.units[u].end_union; ++i) {
+        wanted += plan_.unions.wanted[static_cast<std::size_t>(i)];
+      }
+      lists_.chunk_stats[static_cast<std::size_t>(chunk_plan.chunk)].add(
+          {rows * listed_[u], wanted, rows * chunk_plan.past_pages});
+    }
+    lists_.page_ids.resize(static_cast<std::size_t>(entries));
+    lists_.logical_pages.resize(static_cast<std::size_t>(entries));
+    lists_.dropped_ids.resize(static_cast<std::size_t>(dropped));
+    return {};
+  }
+
+  void emit(ThreadPool& pool) {
+    const bool ordered = !input_.page_priority.empty();
+    const std::size_t most_pages = words_ * 64;
+    std::vector<std::uint8_t> priority(ordered ? static_cast<std::size_t>(pool.num_threads()) * most_pages : 0);
+    for_units(pool, [&](std::size_t u, std::int32_t thread) {
+      const ChunkPlan& chunk_plan = chunk_plan_of(u);
+      const std::int32_t* page_table = input_.chunks[static_cast<std::size_t>(chunk_plan.chunk)].page_table;
+      const auto begin = static_cast<std::size_t>(lists_.units[u].list_begin);
+      std::size_t at = begin;
+      for_each_bit(union_of(u), mask_.words_per_row, [&](std::int32_t j) { lists_.logical_pages[at++] = j; });
+      if (ordered) {
+        std::uint8_t* of_page = priority.data() + static_cast<std::size_t>(thread) * most_pages;
+        find_priorities(u, of_page);
+        const auto first = lists_.logical_pages.begin();
+        std::stable_sort(first + static_cast<std::ptrdiff_t>(begin), first + static_cast<std::ptrdiff_t>(at),
+                         [&](std::int32_t a, std::int32_t b) { return of_page[a] > of_page[b]; });
+      }
+      for (std::int32_t j = chunk_plan.past_pages; j < chunk_plan.past_pages + chunk_plan.chunk_pages; ++j) {
+        lists_.logical_pages[at++] = j;
+      }
+      for (std::size_t i = begin; i < at; ++i) lists_.page_ids[i] = page_table[lists_.logical_pages[i]];
+      if (!input_.options.list_dropped) return;
+      auto to = static_cast<std::size_t>(lists_.dropped[u].begin);
+      for (std::int32_t j = 0; j < chunk_plan.past_pages; ++j) {
+        if (!test_bit(union_of(u), j)) lists_.dropped_ids[to++] = page_table[j];
+      }
+    });
+  }
+
+ private:
+  static std::size_t words_of(const BlockMask& mask) { return static_cast<std::size_t>(mask.words_per_row); }
+
+  template <class Body>
+  void for_units(ThreadPool& pool, Body body) {
+    pool.parallel_for(static_cast<std::int64_t>(plan_.units.size()),
+                      [&](std::int64_t u, std::int32_t thread) { body(static_cast<std::size_t>(u), thread); });
+  }
+
+  std::uint64_t* union_of(std::size_t u) {
+    return plan_.unions.words.data() + static_cast<std::size_t>(plan_.units[u].first_union) * words_;
+  }
+  [[nodiscard]] const ChunkPlan& chunk_plan_of(std::size_t u) const {
+    const auto first = static_cast<std::size_t>(plan_.units[u].first_union);
+    return plan_.unions.plans[static_cast<std::size_t>(plan_.unions.plan_of[first])];
+  }
+  // First span of the unit in its chunk's plan, and its sub-group.
+  [[nodiscard]] std::pair<std::size_t, std::int32_t> first_span_of(std::size_t u) const {
+    const ChunkPlan& chunk_plan = chunk_plan_of(u);
+    const auto local = static_cast<std::size_t>(plan_.units[u].first_union - chunk_plan.first_union);
+    return {local % chunk_plan.spans.size(), static_cast<std::int32_t>(local / chunk_plan.spans.size())};
+  }
+  [[nodiscard]] std::span<const QuerySpan> spans_of(std::size_t u) const {
+    const auto count = static_cast<std::size_t>(plan_.units[u].end_union - plan_.units[u].first_union);
+    return std::span(chunk_plan_of(u).spans).subspan(first_span_of(u).first, count);
+  }
+
+  [[nodiscard]] AttentionUnit record_of(std::size_t u) const {
+    const ChunkPlan& chunk_plan = chunk_plan_of(u);
+    const ChunkView& chunk = input_.chunks[static_cast<std::size_t>(chunk_plan.chunk)];
+    const std::span<const QuerySpan> spans = spans_of(u);
+    const std::int32_t heads = plan_.unions.heads_per_unit;
+    AttentionUnit unit =
+        whole_chunk_unit(chunk, first_span_of(u).second * heads, input_.num_q_heads / input_.num_kv_heads);
+    unit.q_begin += spans.front().offset;
+    unit.q_len = spans.back().offset + spans.back().tokens - spans.front().offset;
+    unit.causal_shift = spans.front().offset;
+    unit.past_tokens -= (chunk_plan.past_pages - listed_[u]) * input_.page_tokens;
+    unit.list_tokens = unit.past_tokens + chunk.chunk_tokens;
+    return unit;
+  }
+
+  // The largest priority that a row of the unit gives each page that it wants; 255 for forced pages.
+  void find_priorities(std::size_t u, std::uint8_t* of_page) {
+    const std::span<const QuerySpan> spans = spans_of(u);
+    const MaskRows rows = mask_rows_of(input_, mask_, lists_.units[u].q_head, lists_.heads_per_unit);
+    const std::size_t most_pages = words_ * 64;
+    std::fill_n(of_page, most_pages, std::uint8_t{0});
+    std::vector<std::uint64_t> forced(words_);
+    for (std::int32_t i = spans.front().first_block; i < spans.back().end_block; ++i) {
+      add_forced_pages(input_, mask_.blocks[static_cast<std::size_t>(i)], chunk_plan_of(u).past_pages, forced.data());
+      for (std::int32_t h = rows.first; h < rows.first + rows.count; ++h) {
+        const auto row = static_cast<std::size_t>(mask_.row(h, i) - mask_.words.data()) / words_;
+        const std::uint8_t* given = input_.page_priority.data() + row * most_pages;
+        for_each_bit(mask_.row(h, i), mask_.words_per_row,
+                     [&](std::int32_t j) { of_page[j] = std::max(of_page[j], given[j]); });
+      }
+    }
+    for_each_bit(forced.data(), mask_.words_per_row, [&](std::int32_t j) { of_page[j] = 255; });
+  }
+
+  const UnionInput& input_;
+  const BlockMask& mask_;
+  UnitPlan plan_;
+  PageLists& lists_;
+  std::size_t words_;
+  std::vector<std::int32_t> listed_;  // [U]  past pages
+};
+
 }  // namespace
+
+const char* union_mode_name(UnionMode mode) noexcept {
+  const auto index = static_cast<std::size_t>(mode);
+  return index < kModeNames.size() ? kModeNames[index] : "unknown";
+}
+
+Result<UnionMode> union_mode_from_name(std::string_view name) {
+  for (std::size_t i = 0; i < kModeNames.size(); ++i) {
+    if (name == kModeNames[i]) return static_cast<UnionMode>(i);
+  }
+  return invalid_argument(fmt::format("union mode is '{}'; allowed: {}", name, fmt::join(kModeNames, ", ")));
+}
 
 std::int32_t default_heads_per_unit(std::int32_t group) noexcept {
   if (group <= 4) return std::max(1, group);
@@ -157,116 +209,30 @@ std::int32_t default_heads_per_unit(std::int32_t group) noexcept {
 }
 
 Status build_page_lists(const UnionInput& input, const BlockMask& mask, PageLists& lists, ThreadPool& pool) {
-  CA_ASSIGN_OR_RETURN(const Shape shape, check_union_input(input));
+  CA_ASSIGN_OR_RETURN(const UnionShape shape, check_union_input(input));
   CA_RETURN_IF_ERROR(check_mask(input, mask));
-
-  std::vector<ChunkPlan> plans;  // chunks with tokens
-  for (std::int32_t b = 0, block = 0; b < static_cast<std::int32_t>(input.chunks.size()); ++b) {
-    const ChunkView& chunk = input.chunks[static_cast<std::size_t>(b)];
-    if (chunk.chunk_tokens == 0) continue;
-    ChunkPlan plan{b, block, 0, chunk.num_past_pages(input.page_tokens), chunk.num_pages(input.page_tokens)};
-    while (block < static_cast<std::int32_t>(mask.blocks.size()) &&
-           mask.blocks[static_cast<std::size_t>(block)].chunk == b) {
-      ++block;
-    }
-    plan.num_blocks = block - plan.first_block;
-    plans.push_back(plan);
-  }
-
-  const std::int64_t num_units = static_cast<std::int64_t>(plans.size()) * shape.units_per_chunk;
-  const auto words_per_row = static_cast<std::size_t>(mask.words_per_row);
-  std::vector<std::uint64_t> unions(static_cast<std::size_t>(num_units) * words_per_row);           // [U, words]
-  std::vector<std::uint64_t> forced(static_cast<std::size_t>(pool.num_threads()) * words_per_row);  // [threads, words]
-  std::vector<std::int32_t> listed(static_cast<std::size_t>(num_units));                            // [U] past pages
-  std::vector<std::int64_t> wanted(static_cast<std::size_t>(num_units));                            // [U] row pages
-
-  const bool packed = mask.mask_heads != input.num_q_heads;
-  const auto unite = [&](std::int64_t u, std::int32_t thread) {
-    const ChunkPlan& plan = plans[static_cast<std::size_t>(u / shape.units_per_chunk)];
-    const auto q_head = static_cast<std::int32_t>(u % shape.units_per_chunk) * shape.heads_per_unit;
-    // A packed row is inherited by every sub-group of its KV head and stands for all heads of this unit.
-    const std::int32_t first_row = packed ? q_head / shape.group : q_head;
-    const std::int32_t num_rows = packed ? 1 : shape.heads_per_unit;
-    const std::int32_t heads_per_row = packed ? shape.heads_per_unit : 1;
-    std::uint64_t* united = unions.data() + static_cast<std::size_t>(u) * words_per_row;
-    std::uint64_t* block_forced = forced.data() + static_cast<std::size_t>(thread) * words_per_row;
-    std::int64_t wanted_row_pages = 0;
-    for (std::int32_t i = plan.first_block; i < plan.first_block + plan.num_blocks; ++i) {
-      const QueryBlock& block = mask.blocks[static_cast<std::size_t>(i)];
-      std::fill_n(block_forced, words_per_row, 0);
-      add_forced_pages(input, block, plan.past_pages, block_forced);
-      for (std::int32_t h = 0; h < num_rows; ++h) {
-        const std::uint64_t* row = mask.row(first_row + h, i);
-        std::int32_t pages = 0;
-        for (std::size_t w = 0; w < words_per_row; ++w) {
-          const std::uint64_t word = row[w] | block_forced[w];
-          united[w] |= word;
-          pages += std::popcount(word);
-        }
-        wanted_row_pages += std::int64_t{pages} * block.tokens * heads_per_row;
-      }
-    }
-    std::int32_t pages = 0;
-    for (std::size_t w = 0; w < words_per_row; ++w) pages += std::popcount(united[w]);
-    listed[static_cast<std::size_t>(u)] = pages;
-    wanted[static_cast<std::size_t>(u)] = wanted_row_pages;
-  };
-  pool.parallel_for(num_units, unite);
-
-  lists.heads_per_unit = shape.heads_per_unit;
-  lists.units.clear();
-  lists.chunk_stats.assign(input.chunks.size(), {});
-  std::int64_t entries = 0;
-  for (std::int64_t u = 0; u < num_units; ++u) {
-    const ChunkPlan& plan = plans[static_cast<std::size_t>(u / shape.units_per_chunk)];
-    const ChunkView& chunk = input.chunks[static_cast<std::size_t>(plan.chunk)];
-    const std::int32_t past_pages = listed[static_cast<std::size_t>(u)];
-    AttentionUnit unit =
-        make_unit(chunk, shape, static_cast<std::int32_t>(u % shape.units_per_chunk), input.page_tokens, past_pages);
-    unit.list_begin = static_cast<std::int32_t>(entries);
-    lists.units.push_back(unit);
-    entries += past_pages + (plan.num_pages - plan.past_pages);
-    if (entries > std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument(
-          "unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
-    }
-    const std::int64_t rows = std::int64_t{chunk.chunk_tokens} * shape.heads_per_unit;
-    lists.chunk_stats[static_cast<std::size_t>(plan.chunk)].add(
-        {rows * past_pages, wanted[static_cast<std::size_t>(u)], rows * plan.past_pages});
-  }
-
-  lists.page_ids.resize(static_cast<std::size_t>(entries));
-  lists.logical_pages.resize(static_cast<std::size_t>(entries));
-  const auto emit = [&](std::int64_t u, std::int32_t) {
-    const ChunkPlan& plan = plans[static_cast<std::size_t>(u / shape.units_per_chunk)];
-    const std::int32_t* page_table = input.chunks[static_cast<std::size_t>(plan.chunk)].page_table;
-    auto at = static_cast<std::size_t>(lists.units[static_cast<std::size_t>(u)].list_begin);
-    const auto put = [&](std::int32_t j) {
-      lists.logical_pages[at] = j;
-      lists.page_ids[at++] = page_table[j];
-    };
-    for_each_bit(unions.data() + static_cast<std::size_t>(u) * words_per_row, mask.words_per_row, put);
-    for (std::int32_t j = plan.past_pages; j < plan.num_pages; ++j) put(j);
-  };
-  pool.parallel_for(num_units, emit);
+  ListBuilder builder(input, mask, plan_units(input, mask, shape, pool), lists);
+  builder.unite(pool);
+  CA_RETURN_IF_ERROR(builder.place());
+  builder.emit(pool);
   return {};
 }
 
 Status build_dense_lists(const UnionInput& input, PageLists& lists) {
-  CA_ASSIGN_OR_RETURN(const Shape shape, check_union_input(input));
+  CA_ASSIGN_OR_RETURN(const UnionShape shape, check_union_input(input));
   lists.heads_per_unit = shape.heads_per_unit;
   lists.units.clear();
   lists.page_ids.clear();
   lists.logical_pages.clear();
+  lists.dropped.clear();
+  lists.dropped_ids.clear();
   lists.chunk_stats.assign(input.chunks.size(), {});
   for (std::size_t b = 0; b < input.chunks.size(); ++b) {
     const ChunkView& chunk = input.chunks[b];
     if (chunk.chunk_tokens == 0) continue;
-    const std::int32_t past_pages = chunk.num_past_pages(input.page_tokens);
     const std::int32_t num_pages = chunk.num_pages(input.page_tokens);
     if (static_cast<std::int64_t>(lists.page_ids.size()) + num_pages > std::numeric_limits<std::int32_t>::max()) {
-      return invalid_argument(
-          "unite: the page lists of the step hold more than 2^31 entries; take fewer chunks a step");
+      return too_many_entries();
     }
     // All heads read every page: one list serves all units of the chunk.
     const auto list_begin = static_cast<std::int32_t>(lists.page_ids.size());
@@ -274,12 +240,13 @@ Status build_dense_lists(const UnionInput& input, PageLists& lists) {
       lists.page_ids.push_back(chunk.page_table[j]);
       lists.logical_pages.push_back(j);
     }
-    for (std::int32_t sub_group = 0; sub_group < shape.units_per_chunk; ++sub_group) {
-      AttentionUnit unit = make_unit(chunk, shape, sub_group, input.page_tokens, past_pages);
-      unit.list_begin = list_begin;
-      lists.units.push_back(unit);
+    for (std::int32_t q_head = 0; q_head < input.num_q_heads; q_head += shape.heads_per_unit) {
+      lists.units.push_back(whole_chunk_unit(chunk, q_head, shape.group));
+      lists.units.back().list_begin = list_begin;
+      if (input.options.list_dropped) lists.dropped.push_back({});
     }
-    const std::int64_t row_pages = std::int64_t{chunk.chunk_tokens} * input.num_q_heads * past_pages;
+    const std::int64_t row_pages =
+        std::int64_t{chunk.chunk_tokens} * input.num_q_heads * chunk.num_past_pages(input.page_tokens);
     lists.chunk_stats[b] = {row_pages, row_pages, row_pages};
   }
   return {};

@@ -53,6 +53,7 @@ struct Shape {
   DType dtype = DType::kF32;
   bool token_major = false;  // NHD
   bool same_keys = false;
+  bool correction = false;           // mean correction of the pages that no list names
   float q_factor = 1;                // 80 makes |s q.k| reach about 80
   std::vector<std::int32_t> starts;  // [B]  S of each request
   std::vector<std::int32_t> chunks;  // [B]  C of each request
@@ -60,9 +61,10 @@ struct Shape {
   [[nodiscard]] std::string text() const {
     std::string requests;
     for (std::size_t b = 0; b < starts.size(); ++b) requests += fmt::format(" (S {}, C {})", starts[b], chunks[b]);
-    return fmt::format("seed {} Hkv {} G {} heads_per_unit {} D {} P {} {} {} same_keys {} q_factor {} B {}:{}", seed,
-                       num_kv_heads, group, heads_per_unit, head_dim, page_tokens, dtype_name(dtype),
-                       token_major ? "NHD" : "HND", same_keys, q_factor, starts.size(), requests);
+    return fmt::format(
+        "seed {} Hkv {} G {} heads_per_unit {} D {} P {} {} {} same_keys {} correction {} q_factor {} B {}:{}", seed,
+        num_kv_heads, group, heads_per_unit, head_dim, page_tokens, dtype_name(dtype), token_major ? "NHD" : "HND",
+        same_keys, correction, q_factor, starts.size(), requests);
   }
 };
 
@@ -80,6 +82,7 @@ inline Shape random_shape(std::uint32_t seed) {
   s.token_major = random.chance(0.5);
   s.same_keys = random.chance(0.05);
   s.q_factor = random.chance(0.15) ? 80.0F : 1.0F;
+  s.correction = random.chance(0.3);
   for (std::int32_t b = random.between(1, 3); b > 0; --b) {
     const std::int32_t pages = random.between(0, s.page_tokens >= 128 ? 2 : 6);
     s.starts.push_back(pages * s.page_tokens + (random.chance(0.5) ? random.below(s.page_tokens) : 0));
@@ -101,6 +104,10 @@ struct Problem {
   std::vector<std::int32_t> first_position;           // [U]  absolute position of the unit's first query
   std::vector<AttentionUnit> units;
   std::vector<std::int32_t> page_ids;
+  std::vector<float> mean_k, mean_v;  // [num_pages, Hkv, D]  of past pages
+  std::vector<std::int32_t> count;    // [num_pages]
+  std::vector<DroppedPages> dropped;  // [U]
+  std::vector<std::int32_t> dropped_ids;
   AttentionInput input;
   AttentionOutput output;
 
@@ -121,6 +128,7 @@ struct Problem {
     fill_cache(random);
     make_units(random);
     make_rows(random);
+    make_means();
     input.units = units;
     input.page_ids = page_ids;
     input.heads_per_unit = s.heads_per_unit;
@@ -224,6 +232,43 @@ struct Problem {
     tokens_ = q_begin + 1;
   }
 
+  // Means of the past pages, and for each unit those that its list leaves out.
+  void make_means() {
+    const auto dim = static_cast<std::size_t>(shape.head_dim);
+    const auto heads = static_cast<std::size_t>(shape.num_kv_heads);
+    mean_k.assign(static_cast<std::size_t>(input.kv.num_pages) * heads * dim, kNaN);
+    mean_v = mean_k;
+    count.assign(static_cast<std::size_t>(input.kv.num_pages), 0);
+    for (std::size_t b = 0; b < page_table.size(); ++b) {
+      for (std::int32_t j = 0; j < shape.starts[b] / shape.page_tokens; ++j) {
+        const auto page = static_cast<std::size_t>(page_table[b][static_cast<std::size_t>(j)]);
+        count[page] = shape.page_tokens;
+        for (std::size_t i = 0; i < heads * dim; ++i) {
+          double sum_k = 0;
+          double sum_v = 0;
+          for (std::int32_t t = 0; t < shape.page_tokens; ++t) {
+            const std::int32_t x = j * shape.page_tokens + t;
+            const auto g = static_cast<std::int32_t>(i / dim);
+            sum_k += double{row_at(k, static_cast<std::int32_t>(b), x, g)[i % dim]};
+            sum_v += double{row_at(v, static_cast<std::int32_t>(b), x, g)[i % dim]};
+          }
+          mean_k[page * heads * dim + i] = static_cast<float>(sum_k / shape.page_tokens);
+          mean_v[page * heads * dim + i] = static_cast<float>(sum_v / shape.page_tokens);
+        }
+      }
+    }
+    for (std::size_t u = 0; u < units.size(); ++u) {
+      const auto b = static_cast<std::size_t>(request_of_unit[u]);
+      dropped.push_back({static_cast<std::int32_t>(dropped_ids.size()), 0});
+      for (std::int32_t j = 0; j < shape.starts[b] / shape.page_tokens; ++j) {
+        if (std::find(logical[u].begin(), logical[u].end(), j) != logical[u].end()) continue;
+        dropped_ids.push_back(page_table[b][static_cast<std::size_t>(j)]);
+        ++dropped.back().count;
+      }
+    }
+    if (shape.correction) input.correction = {mean_k.data(), mean_v.data(), count.data(), dropped, dropped_ids};
+  }
+
   void make_rows(Random& random) {
     const std::int64_t head_stride = shape.head_dim + (random.chance(0.3) ? 1 : 0);
     const std::int64_t token_stride = head_stride * num_q_heads() + (random.chance(0.3) ? 7 : 0);
@@ -245,7 +290,8 @@ struct Problem {
   std::int32_t tokens_ = 0;
 };
 
-/// O and LSE of every (token, head) of some unit, in arithmetic of type Real: {x : page(x) in the list, x <= p}.
+/// O and LSE of every (token, head) of some unit, in arithmetic of type Real: {x : page(x) in the list, x <= p}, and
+/// the means of the other past pages with mean correction.
 template <class Real>
 void attend_by_sets(const Problem& problem, std::vector<float>& o /* as output.o */, std::vector<float>& lse) {
   const Shape& s = problem.shape;
@@ -273,10 +319,22 @@ void attend_by_sets(const Problem& problem, std::vector<float>& o /* as output.o
         score.push_back(dot * Real(problem.input.softmax_scale));
         largest = std::max(largest, score.back());
       }
+      const std::int32_t num_dropped = s.correction ? problem.dropped[u].count : 0;
+      const auto mean_of = [&](const std::vector<float>& means, std::int32_t i) {
+        const std::int32_t page = problem.dropped_ids[static_cast<std::size_t>(problem.dropped[u].begin + i)];
+        return means.data() + std::int64_t{page * s.num_kv_heads + unit.kv_head} * s.head_dim;
+      };
+      for (std::int32_t i = 0; i < num_dropped; ++i) {
+        Real dot = 0;
+        for (std::int32_t d = 0; d < s.head_dim; ++d) dot += Real(q[d]) * Real(mean_of(problem.mean_k, i)[d]);
+        score.push_back(dot * Real(problem.input.softmax_scale) + std::log(Real(s.page_tokens)));
+        largest = std::max(largest, score.back());
+      }
       Real sum = 0;
       std::vector<Real> mixed(static_cast<std::size_t>(s.head_dim), Real(0));
-      for (std::size_t i = 0; i < seen.size(); ++i) {
-        const float* v = problem.row_at(problem.v, b, seen[i], unit.kv_head);
+      for (std::size_t i = 0; i < score.size(); ++i) {
+        const float* v = i < seen.size() ? problem.row_at(problem.v, b, seen[i], unit.kv_head)
+                                         : mean_of(problem.mean_v, static_cast<std::int32_t>(i - seen.size()));
         const Real weight = std::exp(score[i] - largest);
         sum += weight;
         for (std::size_t d = 0; d < mixed.size(); ++d) mixed[d] += weight * Real(v[d]);

@@ -49,6 +49,27 @@ TEST_F(Generate, ReportsWhatItDid) {
   }
 }
 
+TEST_F(Generate, DenseFinalChunkIsSaid) {
+  options_.sparsity.crossover.min_context_tokens = 0;
+  options_.sparsity.selector.name = "static";
+  options_.sparsity.forced = {.sink_tokens = 16, .window_tokens = 0};
+  options_.page_tokens = 16;
+  const auto sparse = run();
+  options_.final_chunk_dense = true;
+  const auto dense = run();
+  ASSERT_TRUE(sparse.ok() && dense.ok());
+  for (std::size_t layer = 0; layer < dense->layers.size(); ++layer) {
+    const auto count = [layer](const GenerateResult& result, DenseReason reason) {
+      return result.layers[layer].chunks_by_reason[static_cast<std::size_t>(reason)];
+    };
+    EXPECT_EQ(count(*sparse, DenseReason::kRequested), 0);
+    EXPECT_EQ(count(*dense, DenseReason::kRequested), 1);
+    EXPECT_EQ(count(*dense, DenseReason::kFirstChunk), 1);
+    EXPECT_EQ(count(*dense, DenseReason::kNone), count(*sparse, DenseReason::kNone) - 1);
+    EXPECT_GT(dense->layers[layer].stats.density(), sparse->layers[layer].stats.density());
+  }
+}
+
 TEST_F(Generate, GreedyAnswerDoesNotDependOnTheChunkSize) {
   const auto expected = run()->tokens;
   for (const std::int32_t chunk : {1, 33, 200, 5000}) {

@@ -141,7 +141,7 @@ TEST(Transformer, BadInputIsNamed) {
   EXPECT_NE(status.message().find("needs 513 positions"), std::string::npos) << status.message();
 
   SparsityOptions indivisible = with_selector("mean-key");
-  indivisible.heads_per_unit = 2;  // G is 7
+  indivisible.unite.heads_per_unit = 2;  // G is 7
   EXPECT_EQ(ChunkAttention::create(indivisible, 2, 7, 1, 1.0F).status().code(), StatusCode::kInvalidArgument);
 }
 

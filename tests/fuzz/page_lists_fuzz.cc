@@ -42,7 +42,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   input.page_tokens = bytes.below(40);
   input.num_physical_pages = 16 + bytes.below(256);
   input.forced = {bytes.below(400) - 2, bytes.below(400) - 2};
-  input.heads_per_unit = bytes.below(10) - 1;
+  UnionOptions& options = input.options;
+  options.mode = static_cast<UnionMode>(bytes.below(5));
+  options.heads_per_unit = bytes.below(11) - 2;
+  options.span_tokens = bytes.below(140) - 1;
+  options.max_inflation_1024ths = bytes.below(5) == 0 ? bytes.below(5000) : 0;
+  options.cost = {bytes.below(3000) - 2, bytes.below(5000), bytes.below(5000), bytes.below(20000)};
 
   std::vector<ChunkView> chunks(static_cast<std::size_t>(bytes.below(4)));
   std::vector<std::vector<std::int32_t>> tables(chunks.size());
@@ -81,6 +86,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   } else if (!mask.blocks.empty()) {
     mask.blocks[static_cast<std::size_t>(bytes.next()) % mask.blocks.size()].tokens += bytes.next() - 128;
   }
+
+  options.list_dropped = bytes.below(2) == 0;
+  std::vector<std::uint8_t> priority(bytes.below(3) == 0 ? mask.words.size() * 64 : 0);
+  for (std::uint8_t& one : priority) one = static_cast<std::uint8_t>(bytes.next());
+  if (damage == 239) priority.push_back(0);
+  input.page_priority = priority;
 
   static ThreadPool pool(1);
   PageLists lists;

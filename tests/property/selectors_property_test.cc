@@ -49,7 +49,9 @@ const SelectorCase kCases[] = {
     {"xattention_16", {.name = "xattention", .xattention = {.stride = 16, .mass = 0.3F}}},
     // Its share is of Np, which an edge changes; its draws are by head number.
     {"random", {.name = "random", .random = {.share = 0.4F}}, true, true, false, false},
-    {"mean_key_tile", {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .alpha = 0.3F}}, false},
+    {"mean_key_tile",
+     {.name = "mean-key", .mean_key = {.norm = ScoreNorm::kTile, .vote = RowVote::kMean, .alpha = 0.3F}},
+     false},
 };
 
 class Selectors : public ::testing::TestWithParam<SelectorCase> {

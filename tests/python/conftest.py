@@ -2,10 +2,20 @@
 
 import os
 import pathlib
+import subprocess
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(cli, *arguments, stdin=b"", expect=0, cwd=None):
+    """Standard output of the executable if it must succeed, else its messages."""
+    done = subprocess.run([cli, *map(str, arguments)], input=stdin, capture_output=True, timeout=300, cwd=cwd)
+    output = done.stdout.decode("utf-8", "replace")
+    error = done.stderr.decode("utf-8", "replace")
+    assert done.returncode == expect, f"exit code {done.returncode}\n{output}\n{error}"
+    return output if expect == 0 else error
 
 
 @pytest.fixture(scope="session")

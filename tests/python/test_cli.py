@@ -4,18 +4,10 @@ half-written)."""
 import json
 import shutil
 import struct
-import subprocess
 
 import pytest
 
-
-
-def run(cli, *arguments, stdin=b"", expect=0):
-    done = subprocess.run([cli, *map(str, arguments)], input=stdin, capture_output=True, timeout=300)
-    output = done.stdout.decode("utf-8", "replace")
-    error = done.stderr.decode("utf-8", "replace")
-    assert done.returncode == expect, f"exit code {done.returncode}\n{output}\n{error}"
-    return output if expect == 0 else error
+from conftest import run
 
 
 @pytest.fixture
@@ -46,7 +38,7 @@ def test_run_writes_json_that_agrees_with_what_it_prints(cli, demo_dir, prompt, 
     figures = json.loads(out.read_text())
     assert {"answer", "prompt_tokens", "ttft_seconds", "attention_seconds", "density", "union_inflation", "selector", "mode",
             "backend"} <= figures.keys()
-    assert figures["selector"] == "mean-key" and figures["mode"] == "paper" and figures["backend"] == "cpu"
+    assert figures["selector"] == "mean-key" and figures["mode"] == "adaptive" and figures["backend"] == "cpu"
     assert figures["prompt_tokens"] > 200
     assert 0 < figures["attention_seconds"] <= figures["ttft_seconds"]
     assert 0 < figures["density"] <= 1 <= figures["union_inflation"]
@@ -81,22 +73,23 @@ def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("It was late, and the road was long. " * 700)
     out, svg = tmp_path / "demo.json", tmp_path / "demo.svg"
-    printed = run(cli, "demo", "-m", demo_dir, "--text", text, "--tokens", 3000, "--json", out, "--svg", svg)
+    printed = run(cli, "demo", "-m", demo_dir, "--text", text, "--tokens", 5000, "--json", out, "--svg", svg)
     figures = json.loads(out.read_text())
     assert figures["dense"]["density"] == 1 and figures["compact"]["density"] < 1
     assert len(figures["expected"]) == 7 and figures["expected"].isdigit()
-    assert figures["dense"]["prompt_tokens"] == figures["compact"]["prompt_tokens"] > 2500
+    assert figures["dense"]["prompt_tokens"] == figures["compact"]["prompt_tokens"] > 4500
     assert "union inflation" in printed and "page of the fact asked for" in svg.read_text()
 
 
 BAD_FLAGS = {
-    "unknown selector": (["--selector", "magic"], "dense, static, mean-key"),
+    "unknown selector": (["--selector", "magic"], "known: dense, static, "),
     "chunk of 0": (["--chunk", 0], "--chunk is 0"),
     "page no power of two": (["--page", 100], "allowed: 16, 32, 64, 128, 256"),
     "page too large": (["--page", 512], "allowed: 16, 32, 64, 128, 256"),
     "not a number": (["--chunk", "many"], "many"),
     "unknown flag": (["--turbo"], "turbo"),
-    "unknown mode": (["--mode", "tile"], "allowed: paper"),
+    "unknown mode": (["--mode", "row"], "allowed: paper, span, tile, adaptive"),
+    "span without its mode": (["--span", "64"], "--mode is adaptive and --span is 64"),
     "unknown backend": (["--backend", "tpu"], "allowed: cpu"),
     "unknown preset": (["--preset", "best"], "flashprefill-v1"),
     "unknown chat format": (["--chat", "irc"], "llama3"),

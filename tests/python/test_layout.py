@@ -4,7 +4,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ORDER = ["core", "kv", "select", "unite", "attention"]
+ORDER = ["core", "ptx", "kv", "select", "unite", "attention", "capi"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 
 
@@ -22,6 +22,17 @@ def test_library_folders_see_only_those_to_their_left():
         if parts[0] == "engine":
             offending.append((str(path), name))
         if parts[0] == "src" and ORDER.index(parts[1]) > ORDER.index(path.parts[1]):
+            offending.append((str(path), name))
+    assert not offending
+
+
+def test_instructions_see_only_the_host_device_macro_and_are_seen_by_device_code():
+    offending = []
+    for path, name in includes("src"):
+        if path.parts[1] == "ptx" and name.startswith("src/") and not name.startswith("src/ptx/"):
+            if name != "src/core/host_device.h":
+                offending.append((str(path), name))
+        if path.parts[1] != "ptx" and name.startswith("src/ptx/") and path.suffix not in {".cuh", ".cu"}:
             offending.append((str(path), name))
     assert not offending
 

@@ -94,7 +94,7 @@ TEST_F(Union, WorkedByHand) {
 
 TEST_F(Union, PackedRowsStandForAllHeadsAndSubGroupsInheritThem) {
   input_.num_q_heads = 8;
-  input_.heads_per_unit = 2;  // two sub-groups a KV head
+  input_.options.heads_per_unit = 2;  // two sub-groups a KV head
   chunk(64, 16);
   mask(2);
   want(0, 0, 1);
@@ -205,6 +205,148 @@ TEST_F(Union, DenseListsAreThePageTable) {
   EXPECT_EQ(lists_.chunk_stats[0].visible_row_pages, 20 * 16 * 4);
 }
 
+TEST_F(Union, SpansAreCutAtAbsoluteMultiples) {
+  chunk(70, 20);  // tokens 70..89; query blocks 70..79, 80..89
+  mask(2);
+  want(0, 0, 1);
+  want(0, 1, 2);
+  want(1, 1, 3);
+  input_.options.mode = UnionMode::kSpan;
+  input_.options.span_tokens = 6;  // 70..71, 72..77, 78..83, 84..89
+  unite();
+  ASSERT_EQ(lists_.units.size(), 8U);
+  EXPECT_THAT(pages(0), ElementsAre(1, 4, 5));
+  EXPECT_THAT(pages(1), ElementsAre(1, 4, 5));
+  EXPECT_THAT(pages(2), ElementsAre(1, 2, 4, 5));  // meets both blocks
+  EXPECT_THAT(pages(3), ElementsAre(2, 4, 5));
+  EXPECT_THAT(pages(4), ElementsAre(4, 5));
+  EXPECT_THAT(pages(6), ElementsAre(3, 4, 5));
+  const AttentionUnit& unit = lists_.units[7];
+  EXPECT_EQ(unit.q_begin, 14);
+  EXPECT_EQ(unit.q_len, 6);
+  EXPECT_EQ(unit.q_head, 2);
+  EXPECT_EQ(unit.kv_head, 1);
+  EXPECT_EQ(unit.causal_shift, 14);
+  EXPECT_EQ(unit.past_tokens, 16 + 6);
+  EXPECT_EQ(unit.list_tokens, 16 + 6 + 20);  // the whole chunk stays in the list; the visibility rule hides the rest
+  const UnionStats& stats = lists_.chunk_stats[0];
+  EXPECT_EQ(stats.wanted_row_pages, 2 * (10 + 10) + 2 * 10);
+  EXPECT_EQ(stats.listed_row_pages, 2 * (2 + 6 + 6 * 2 + 6) + 2 * (6 + 6));
+}
+
+TEST_F(Union, TilesHold128PackedRows) {
+  input_.num_q_heads = 24;  // G = 12: hpt 4, 32 tokens; twelve heads are three M-tiles
+  chunk(40, 70);
+  mask(24);
+  input_.options.mode = UnionMode::kTile;
+  unite();
+  EXPECT_EQ(lists_.heads_per_unit, 12);
+  ASSERT_EQ(lists_.units.size(), 6U);
+  EXPECT_EQ(lists_.units[0].q_len, 24);  // positions 40..63
+  EXPECT_EQ(lists_.units[1].q_len, 32);
+  EXPECT_EQ(lists_.units[2].q_len, 14);
+  EXPECT_EQ(lists_.units[3].q_head, 12);
+  input_.options.heads_per_unit = 3;  // hpt 1: 128 tokens
+  unite();
+  EXPECT_EQ(lists_.units.size(), 8U);
+}
+
+// G = 4, tiles of 32 tokens. Two neighbours want the same pages, the third others.
+TEST_F(Union, AdaptiveMergesWhatIsAlike) {
+  input_.num_q_heads = 4;
+  input_.num_kv_heads = 1;
+  chunk(1024, 128);
+  mask(1, 32);
+  const auto want_pages = [&](std::int32_t block, std::int32_t first) {
+    for (std::int32_t j = first; j < first + 16; ++j) want(0, block, j);
+  };
+  want_pages(0, 0);
+  want_pages(1, 0);
+  want_pages(2, 16);
+  want_pages(3, 32);
+  input_.options.mode = UnionMode::kAdaptive;
+  // 16 past + 8 chunk pages of 16 tokens are 3 list tiles. Alone: 3 * 1024 + m_tile + 3 * 358 + unit. Merging equal
+  // lists saves 3 * 358 + unit; merging different ones adds 2 list tiles to both M-tiles and saves 358 + unit.
+  input_.options.cost = {1024, 2048, 358, 1024};
+  unite();
+  ASSERT_EQ(lists_.units.size(), 3U);
+  EXPECT_EQ(lists_.units[0].q_len, 64);
+  EXPECT_EQ(lists_.units[1].q_len, 32);
+  EXPECT_EQ(lists_.units[1].causal_shift, 64);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 1.0);
+  input_.options.cost.unit =
+      2 * 2 * 1024 - 358;  // a unit saved now pays for two list tiles in two M-tiles: a tie merges
+  unite();
+  EXPECT_EQ(lists_.units.size(), 2U);
+  input_.options.cost.unit -= 1;
+  unite();
+  EXPECT_EQ(lists_.units.size(), 3U);
+}
+
+// Heads 0 and 1 want other pages than heads 2 and 3: two lists of two heads are cheaper than one of four.
+TEST_F(Union, CheapestHeadsSplitsAGroupThatDisagrees) {
+  input_.num_q_heads = 4;
+  input_.num_kv_heads = 1;
+  chunk(1024, 128);
+  mask(4, 32);
+  for (std::int32_t block = 0; block < 4; ++block) {
+    for (std::int32_t j = 0; j < 30; ++j) {
+      want(0, block, j);
+      want(1, block, j);
+      want(2, block, 30 + j);
+      want(3, block, 30 + j);
+    }
+  }
+  input_.options.mode = UnionMode::kAdaptive;
+  unite();
+  EXPECT_EQ(lists_.heads_per_unit, 4);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 2.0);
+  input_.options.heads_per_unit = kCheapestHeads;
+  unite();
+  EXPECT_EQ(lists_.heads_per_unit, 2);
+  EXPECT_EQ(lists_.units.size(), 2U);
+  EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].union_inflation(), 1.0);
+}
+
+TEST_F(Union, PrioritiesOrderThePastPagesAndDroppedPagesAreTheRest) {
+  chunk(112, 32);  // seven past pages; two query blocks
+  input_.num_q_heads = 2;
+  input_.num_kv_heads = 1;
+  input_.forced = {16, 0};
+  input_.options.list_dropped = true;
+  mask(2);
+  std::vector<std::uint8_t> priority(mask_.words.size() * 64,
+                                     200);  // a page that a row does not want counts for nothing
+  const auto want_at = [&](std::int32_t head, std::int32_t block, std::int32_t page, std::uint8_t value) {
+    want(head, block, page);
+    priority[static_cast<std::size_t>((head * 2 + block) * 64 + page)] = value;
+  };
+  want_at(0, 0, 2, 10);
+  want_at(1, 1, 2, 90);  // the larger counts
+  want_at(0, 0, 1, 50);
+  want_at(1, 0, 5, 50);
+  want_at(0, 1, 6, 91);
+  want_at(0, 1, 0, 1);  // forced: first
+  input_.page_priority = priority;
+  unite();
+  EXPECT_THAT(pages(0), ElementsAre(0, 6, 2, 1, 5, 7, 8));
+  EXPECT_THAT(lists_.page_ids, ElementsAre(100, 94, 98, 99, 95, 93, 92));
+  ASSERT_EQ(lists_.dropped.size(), 1U);
+  EXPECT_THAT(lists_.dropped_ids, ElementsAre(97, 96));
+  priority.pop_back();
+  input_.page_priority = priority;
+  EXPECT_THAT(error(), HasSubstr("255 page priorities; allowed: none, or 256 as the mask has bits"));
+}
+
+TEST(UnionMode, HasNames) {
+  for (const UnionMode mode : {UnionMode::kPaper, UnionMode::kSpan, UnionMode::kTile, UnionMode::kAdaptive}) {
+    EXPECT_EQ(union_mode_from_name(union_mode_name(mode)).value(), mode);
+  }
+  EXPECT_STREQ(union_mode_name(static_cast<UnionMode>(9)), "unknown");
+  EXPECT_THAT(union_mode_from_name("rows").status().message(),
+              HasSubstr("'rows'; allowed: paper, span, tile, adaptive"));
+}
+
 TEST(DefaultHeadsPerUnit, LargestDivisorUpToFour) {
   std::vector<std::int32_t> heads;
   for (std::int32_t group = 1; group <= 16; ++group) heads.push_back(default_heads_per_unit(group));
@@ -228,9 +370,13 @@ TEST_F(Union, BadShapesAreNamed) {
   expect([](UnionInput& in) { in.page_tokens = 0; }, "page_tokens is 0");
   expect([](UnionInput& in) { in.forced.sink_tokens = -1; }, "-1 sink and 0 window tokens");
   expect([](UnionInput& in) { in.forced.window_tokens = -1; }, "0 sink and -1 window tokens");
-  expect([](UnionInput& in) { in.heads_per_unit = 3; },
-         "heads_per_unit is 3; allowed: 0 (default) or a divisor of G = 2");
-  expect([](UnionInput& in) { in.heads_per_unit = -1; }, "heads_per_unit is -1");
+  expect([](UnionInput& in) { in.options.heads_per_unit = 3; },
+         "heads_per_unit is 3; allowed: 0 (default), a divisor of G = 2, or -1 in mode adaptive");
+  expect([](UnionInput& in) { in.options.heads_per_unit = -1; }, "heads_per_unit is -1");
+  expect([](UnionInput& in) { in.options.mode = static_cast<UnionMode>(4); }, "mode is 4; allowed: 0 to 3");
+  expect([](UnionInput& in) { in.options.mode = UnionMode::kSpan; }, "span_tokens is 0; allowed: 1 or more");
+  expect([](UnionInput& in) { in.options.max_inflation_1024ths = 1023; }, "max_inflation_1024ths is 1023");
+  expect([](UnionInput& in) { in.options.cost.list_tile = -5; }, "the cost model holds -5; allowed: 0 to 16777216");
   expect([](UnionInput& in) { in.num_physical_pages = 97; }, "chunk 0: page table entry 0 is 100; allowed: 0..96");
   table_[5] = -1;
   expect([](UnionInput&) {}, "page table entry 5 is -1; allowed: 0..100");

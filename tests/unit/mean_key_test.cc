@@ -75,9 +75,11 @@ class OneHead {
   SelectStep step_;
 };
 
-MeanKeyOptions share(float value) { return {.share = value}; }
+MeanKeyOptions share(float value, RowVote vote = RowVote::kMean) {
+  return {.visible = PageVisibility::kLast, .vote = vote, .share = value};
+}
 MeanKeyOptions alpha(float value, ScoreNorm norm = ScoreNorm::kTile, PageVisibility visible = PageVisibility::kLast) {
-  return {.visible = visible, .norm = norm, .alpha = value};
+  return {.visible = visible, .norm = norm, .vote = RowVote::kMean, .alpha = value};
 }
 
 TEST_P(MeanKey, ShareIsPartOfTheSoftmaxOverPages) {
@@ -144,6 +146,42 @@ TEST_P(MeanKey, RowNormGivesEachRowOneVoteTileNormDoesNot) {
   ASSERT_EQ(mask.mask_heads, 2);
   EXPECT_THAT(pages_of_row(mask, 0, 0), ElementsAre(0));
   EXPECT_THAT(pages_of_row(mask, 1, 0), ElementsAre(1));
+}
+
+TEST_P(MeanKey, VoteMaxHearsOneRowAmongMany) {
+  // Four rows of a tile; the last asks for page 0 with a share of 0.9, the others have 0.1 for it.
+  SelectStep step({.q_heads = 1, .kv_heads = 1, .head_dim = 2, .page_tokens = 4, .chunks = {{8, 4}}});
+  for (std::int32_t t = 0; t < 4; ++t) {
+    step.query(0, t, 0)[0] = t == 3 ? 1 : 0;
+    step.query(0, t, 0)[1] = t == 3 ? 0 : 1;
+  }
+  const float score = std::log(9.0F) / step.select_input().softmax_scale;
+  const float mean[3][2] = {{score, 0}, {0, score}, {-100, -100}};
+  for (std::int32_t j = 0; j < 3; ++j) std::copy_n(mean[j], 2, step.mean(0, j, 0));
+  EXPECT_THAT(pages_of_row(select(step.select_input(), share(0.31F, RowVote::kMean)), 0, 0), ElementsAre(1));
+  EXPECT_THAT(pages_of_row(select(step.select_input(), share(0.89F, RowVote::kMax)), 0, 0), ElementsAre(0, 1));
+  EXPECT_THAT(pages_of_row(select(step.select_input(), share(0.91F, RowVote::kMax)), 0, 0), IsEmpty());
+  // Tile norm: the largest weight of a page relative to the tile's largest score; both pages reach it.
+  MeanKeyOptions tile = alpha(1.0F);
+  tile.vote = RowVote::kMax;
+  EXPECT_THAT(pages_of_row(select(step.select_input(), tile), 0, 0), ElementsAre(0, 1));
+  tile.vote = RowVote::kMean;
+  EXPECT_THAT(pages_of_row(select(step.select_input(), tile), 0, 0), ElementsAre(1));
+}
+
+TEST_P(MeanKey, VisibleFullLeavesOutThePageOfTheTile) {
+  // The tile 8..11 completes page 2, whose weight is 98 of 100: under `last` its last row has nothing left for pages
+  // 0, 1.
+  OneHead step(8, 4, {1, 1, 98});
+  MeanKeyOptions options = share(0.4F, RowVote::kMax);
+  EXPECT_THAT(pages_of_row(select(step->select_input(), options), 0, 0), ElementsAre(0, 1));  // rows 8..10
+  options.vote = RowVote::kMean;
+  EXPECT_THAT(pages_of_row(select(step->select_input(), options), 0, 0), IsEmpty());
+  options.visible = PageVisibility::kFull;
+  EXPECT_THAT(pages_of_row(select(step->select_input(), options), 0, 0), ElementsAre(0, 1));
+  // The next tile sees page 2 whole.
+  OneHead next(8, 8, {1, 1, 98, 1});
+  EXPECT_THAT(pages_of_row(select(next->select_input(), options), 0, 1), IsEmpty());
 }
 
 TEST_P(MeanKey, EachKvHeadHasItsOwnMeans) {

@@ -18,7 +18,7 @@ constexpr std::int32_t kC = 200;  // chunks start inside pages
 constexpr std::int32_t kChunks = 4;
 
 // Outputs of every chunk: append, select, unite, attend.
-std::vector<float> run_step(std::int32_t num_threads) {
+std::vector<float> run_step(std::int32_t num_threads, UnionMode mode) {
   ThreadPool pool(num_threads);
   PagedKvCache cache = PagedKvCache::create({.num_layers = 1,
                                              .num_kv_heads = kHkv,
@@ -52,7 +52,8 @@ std::vector<float> run_step(std::int32_t num_threads) {
                            .num_kv_heads = kHkv,
                            .page_tokens = kP,
                            .num_physical_pages = cache.options().num_pages,
-                           .forced = {kP, 2 * kP}};
+                           .forced = {kP, 2 * kP},
+                           .options = {.mode = mode}};
     EXPECT_TRUE(build_page_lists(input, mask, lists, pool).ok());
     EXPECT_TRUE(attend_cpu({rows, cache.layer(0), lists.units, lists.page_ids, lists.heads_per_unit, 0.25F},
                            {contiguous_rows(o.data(), kC, kHq, kD)}, pool)
@@ -63,8 +64,10 @@ std::vector<float> run_step(std::int32_t num_threads) {
 }
 
 TEST(ParallelStep, BitsDoNotDependOnTheNumberOfThreads) {
-  const std::vector<float> expected = run_step(1);
-  for (const std::int32_t threads : {2, 3, 8}) EXPECT_EQ(run_step(threads), expected) << threads << " threads";
+  for (const UnionMode mode : {UnionMode::kPaper, UnionMode::kAdaptive}) {
+    const std::vector<float> expected = run_step(1, mode);
+    for (const std::int32_t threads : {2, 3, 8}) EXPECT_EQ(run_step(threads, mode), expected) << threads << " threads";
+  }
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "compact/attention.h"
@@ -14,28 +17,44 @@ using ::testing::HasSubstr;
 
 TEST(UnitCost, IsTheFormulaOfTheDesignAtPagesOf128) {
   // One tile of 32 tokens x 4 heads, 10 pages: (10 + 2) * 1024 + 10 * 358 + 1024.
-  EXPECT_EQ(unit_cost(32, 4, 10, 128), 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 10, 128), 12 * 1024 + 3580 + 1024);
   // 1024 tokens x 4 heads: 32 M-tiles.
-  EXPECT_EQ(unit_cost(1024, 4, 10, 128), 32 * 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 1024, 4, 10, 128), 32 * 12 * 1024 + 3580 + 1024);
   // A short tile costs a whole one.
-  EXPECT_EQ(unit_cost(1, 4, 10, 128), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(33, 4, 10, 128), 2 * 12 * 1024 + 3580 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 1, 4, 10, 128), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 33, 4, 10, 128), 2 * 12 * 1024 + 3580 + 1024);
 }
 
 TEST(UnitCost, PacksThePowerOfTwoThatDividesTheHeads) {
-  EXPECT_EQ(unit_cost(128, 7, 1, 128), 7 * 3 * 1024 + 358 + 1024);      // 7 x (128 tokens x 1 head)
-  EXPECT_EQ(unit_cost(128, 6, 1, 128), 3 * 2 * 3 * 1024 + 358 + 1024);  // 3 x 2 x (64 tokens x 2 heads)
-  EXPECT_EQ(unit_cost(1, 256, 1, 128), 3 * 1024 + 358 + 1024);          // more heads than rows of a tile
+  EXPECT_EQ(unit_cost(CostModel(), 128, 7, 1, 128), 7 * 3 * 1024 + 358 + 1024);      // 7 x (128 tokens x 1 head)
+  EXPECT_EQ(unit_cost(CostModel(), 128, 6, 1, 128), 3 * 2 * 3 * 1024 + 358 + 1024);  // 3 x 2 x (64 tokens x 2 heads)
+  EXPECT_EQ(unit_cost(CostModel(), 1, 256, 1, 128), 3 * 1024 + 358 + 1024);          // more heads than rows of a tile
 }
 
 TEST(UnitCost, OtherPageSizesPayByTheToken) {
-  EXPECT_EQ(unit_cost(32, 4, 20, 64), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 80, 16), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 5, 256), unit_cost(32, 4, 10, 128));
-  EXPECT_EQ(unit_cost(32, 4, 1, 16), 128 + 2048 + 44 + 1024);
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 20, 64), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 80, 16), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 5, 256), unit_cost(CostModel(), 32, 4, 10, 128));
+  EXPECT_EQ(unit_cost(CostModel(), 32, 4, 1, 16), 128 + 2048 + 44 + 1024);
 }
 
-TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(0, 4, 10, 128), 0); }
+TEST(UnitCost, EmptyUnitIsFree) { EXPECT_EQ(unit_cost(CostModel(), 0, 4, 10, 128), 0); }
+
+nlohmann::json recorded(const std::string& name) {
+  std::ifstream file(std::string(COMPACT_SOURCE_DIR) + "/benchmarks/results/" + name);
+  return nlohmann::json::parse(file);
+}
+
+// No constant of the CPU backend's policy is typed by hand: they are what the recorded runs found.
+TEST(RecordedFigures, AreTheConstantsInUse) {
+  const nlohmann::json fit = recorded("cost_model_cpu.json")["cost_model"];
+  const CostModel cost = cpu_cost_model(CpuKernel::kF32);
+  EXPECT_EQ(cost.tile, fit["tile"]);
+  EXPECT_EQ(cost.m_tile, fit["m_tile"]);
+  EXPECT_EQ(cost.list_tile, fit["list_tile"]);
+  EXPECT_EQ(cost.unit, fit["unit"]);
+  EXPECT_EQ(CrossoverPolicy().min_context_tokens, recorded("step_cpu.json")["pays_from_tokens"]);
+}
 
 TEST(CrossoverBefore, FirstChunkThenShortContext) {
   const CrossoverPolicy policy{.min_context_tokens = 2048};
@@ -53,7 +72,7 @@ TEST(DenseReasonName, NamesAll) {
   std::vector<std::string> names;
   for (std::int32_t i = 0; i < kNumDenseReasons; ++i)
     names.emplace_back(dense_reason_name(static_cast<DenseReason>(i)));
-  EXPECT_THAT(names, ElementsAre("none", "selector", "first_chunk", "short_context", "high_density"));
+  EXPECT_THAT(names, ElementsAre("none", "selector", "first_chunk", "short_context", "high_density", "requested"));
   EXPECT_STREQ(dense_reason_name(static_cast<DenseReason>(99)), "unknown");
 }
 
@@ -117,6 +136,25 @@ TEST_F(CrossoverAfter, RewritesOnlyTheChunksThatDoNotPay) {
   EXPECT_DOUBLE_EQ(lists_.chunk_stats[0].density(), 0.1);
   EXPECT_DOUBLE_EQ(lists_.chunk_stats[1].density(), 1.0);
   EXPECT_DOUBLE_EQ(lists_.chunk_stats[1].union_inflation(), 100.0 / 95.0);
+}
+
+TEST_F(CrossoverAfter, KeepsTheDroppedPagesOfTheOthers) {
+  input_.options.list_dropped = true;
+  build({10, 95, 20});
+  const PageLists before = lists_;
+  std::vector<DenseReason> reasons(3, DenseReason::kNone);
+  ASSERT_TRUE(crossover_after_union({}, input_, lists_, reasons).ok());
+  ASSERT_EQ(lists_.dropped.size(), 6U);
+  for (std::size_t u = 0; u < 6; ++u) {
+    const std::int32_t kept = u / 2 == 0 ? 10 : (u / 2 == 1 ? 100 : 20);  // the second chunk runs dense
+    ASSERT_EQ(lists_.dropped[u].count, 100 - kept);
+    for (std::int32_t k = 0; k < 100 - kept; ++k) {
+      EXPECT_EQ(lists_.dropped_ids[static_cast<std::size_t>(lists_.dropped[u].begin + k)], kept + k + 7);
+    }
+  }
+  lists_.dropped.pop_back();
+  EXPECT_THAT(crossover_after_union({}, input_, lists_, reasons).message(),
+              HasSubstr("dropped pages of 5 units for 6"));
 }
 
 TEST_F(CrossoverAfter, ComesAtDensity87AtTheDefaultMargin) {

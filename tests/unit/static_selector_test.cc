@@ -61,12 +61,14 @@ TEST(Selectors, PresetsAreTheirPublishedRules) {
   const MeanKeyOptions ours = mean_key_preset("mean-key").value();
   EXPECT_EQ(ours.tile, TileShape::kPacked);
   EXPECT_EQ(ours.norm, ScoreNorm::kRow);
-  EXPECT_EQ(ours.visible, PageVisibility::kLast);
+  EXPECT_EQ(ours.vote, RowVote::kMax);
+  EXPECT_EQ(ours.visible, PageVisibility::kFull);
   EXPECT_LT(ours.alpha, 0);
   EXPECT_GT(ours.share, 0);
   const MeanKeyOptions compact_rule = mean_key_preset("compact").value();
   EXPECT_EQ(compact_rule.tile, TileShape::kPerHead);
   EXPECT_EQ(compact_rule.norm, ScoreNorm::kTile);
+  EXPECT_EQ(compact_rule.vote, RowVote::kMean);
   EXPECT_EQ(compact_rule.visible, PageVisibility::kLast);
   EXPECT_EQ(compact_rule.alpha, 0.06F);
   EXPECT_EQ(mean_key_preset("flashprefill-v1").value().alpha, 0.18F);

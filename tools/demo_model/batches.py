@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import random
 
 import torch
+from tokenizers import Tokenizer
 
-from data import encode_training
+from data import Generator, Source, encode_training
+
+GRANULE, GRANULES_PER_PAGE, RIVALS = 32, 4, 12
 
 
 @dataclasses.dataclass
@@ -13,10 +17,15 @@ class Batch:
     ids: torch.Tensor          # [B, T]
     positions: torch.Tensor    # [B, T]
     answer_rows: torch.Tensor  # [N, 2] (b, t): row t predicts an answer token
-    answer_turn: torch.Tensor  # [N] index of the question the row belongs to
+    answer_turn: torch.Tensor  # [N] index of the question the row belongs to, 0..
     prose_rows: torch.Tensor   # [M, 2] rows for the language-modelling loss
-    links: list                # (b, row of the last prompt token, index of the answer's first token in the context)
-    context: list              # tokens of the context, per sequence
+    needles: torch.Tensor      # [B, T] bool: tokens of needles that a question asks for
+    asking_rows: torch.Tensor  # [K, 2] (b, t): last prompt token of a question whose answer stands in the context
+    pages: torch.Tensor        # [K, 1 + RIVALS, GRANULES_PER_PAGE] granules: a page with the answer, then pages without
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        return Batch(**moved)
 
 
 def find(ids, piece, limit):
@@ -26,12 +35,26 @@ def find(ids, piece, limit):
     return None
 
 
+def rival_pages(place, context, rng):
+    """Granules [1 + RIVALS, GRANULES_PER_PAGE] for the selector's loss, or None if the context is too short.
+
+    Short sequences hold few pages of 128 tokens, so a page is made of the answer's granule of 32 tokens and three
+    other granules; competitors are made of four others.
+    """
+    granules, mine = context // GRANULE, place // GRANULE
+    if granules < 6 or mine >= granules:
+        return None
+    others = [g for g in range(granules) if g != mine]
+    return [[mine] + rng.sample(others, 3)] + [rng.sample(others, 4) for _ in range(RIVALS)]
+
+
 def make_batch(generator, tokenizer, tokens, batch, questions, max_position, rng, bos=0, eos=1):
     ids = torch.full((batch, tokens), eos)
     positions = torch.zeros(batch, tokens, dtype=torch.long)
-    answer_rows, answer_turn, prose_rows, links, context = [], [], [], [], []
+    needles = torch.zeros(batch, tokens, dtype=torch.bool)
+    answer_rows, answer_turn, prose_rows, asking_rows, pages = [], [], [], [], []
     stops = {tokenizer.token_to_id(t) for t in (".", "?", "Ċ", ".Ċ")}
-    turn = 0
+    turn = -1
     for b in range(batch):
         while True:
             room = int((tokens - 75 * questions) * rng.uniform(2.9, 3.6))
@@ -41,7 +64,6 @@ def make_batch(generator, tokenizer, tokens, batch, questions, max_position, rng
             if length and kinds.count(2) > 4:
                 break
         ids[b, : len(row)] = torch.tensor(row)
-        context.append(length)
         for t in range(1, len(row)):
             if kinds[t] == 2:
                 first = kinds[t - 1] == 1
@@ -54,7 +76,11 @@ def make_batch(generator, tokenizer, tokens, batch, questions, max_position, rng
                         end += 1
                     place = find(row, row[t : min(end - 2, t + 6)], length) if end - 2 > t else None
                     if place is not None:
-                        links.append((b, t - 1, place))
+                        needles[b, max(0, place - 2) : place + 24] = True
+                        around = rival_pages(place, length, rng)
+                        if around:
+                            asking_rows.append((b, t - 1))
+                            pages.append(around)
         prose_rows += [(b, rng.randrange(length - 1)) for _ in range(24)]
         # Position skipping: a few random jumps at sentence ends, so that short sequences show every distance.
         span = rng.choice([tokens, max_position // 8, max_position // 2, max_position])
@@ -69,20 +95,42 @@ def make_batch(generator, tokenizer, tokens, batch, questions, max_position, rng
                 gaps[cut] += int(spare * part / sum(shares))
         positions[b] = gaps.cumsum(0)
     pairs = lambda x: torch.tensor(x, dtype=torch.long).view(-1, 2)
-    return Batch(ids, positions, pairs(answer_rows), torch.tensor(answer_turn), pairs(prose_rows), links, context)
+    return Batch(ids, positions, pairs(answer_rows), torch.tensor(answer_turn), pairs(prose_rows), needles, pairs(asking_rows),
+                 torch.tensor(pages, dtype=torch.long).view(-1, 1 + RIVALS, GRANULES_PER_PAGE))
 
 
-def dilution_bias(batch, copies, near=96):
+def dilution_bias(needles, copies, near=96):
     """Additive attention mask [B, 1, T, T]: each far token of the context counts `copies` times, the asked needles once.
 
     Softmax over 16K tokens is what a needle has to survive; this shows it to sequences of a few hundred tokens.
     """
-    size, tokens = batch.ids.shape
-    index = torch.arange(tokens)
+    index = torch.arange(needles.shape[1], device=needles.device)
     far = (index[:, None] - index[None, :]) > near
-    bias = torch.where(far, math.log(copies), 0.0).expand(size, tokens, tokens).clone()
-    bias[:, :, 0] = 0.0
-    for b, _, place in batch.links:
-        bias[b, :, place - 2 : place + 24] = 0.0
-    bias.masked_fill_(index[None, :] > index[:, None], -torch.inf)
-    return bias.unsqueeze(1)
+    counted = ~needles
+    counted[:, 0] = False
+    bias = math.log(copies) * (far[None] & counted[:, None, :]).float()
+    return bias.masked_fill_(index[None, :] > index[:, None], -torch.inf).unsqueeze(1)
+
+
+class BatchStream(torch.utils.data.IterableDataset):
+    """Endless batches of the current stage, made in worker processes: the accelerator must not wait for text."""
+
+    def __init__(self, corpus, tokenizer_file, seed, hard, max_position, stages):
+        """stages: [(tokens, sequences, questions)]; the trainer moves on with set_stage, which workers see at once."""
+        self.corpus, self.tokenizer_file, self.seed, self.hard, self.max_position = corpus, tokenizer_file, seed, hard, max_position
+        self.stages = stages
+        self.current = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    def set_stage(self, index):
+        self.current[0] = index
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        seed = self.seed * 1000 + (worker.id if worker else 0)
+        torch.set_num_threads(1 if worker else torch.get_num_threads())
+        tokenizer = Tokenizer.from_file(str(self.tokenizer_file))
+        generator = Generator(Source(self.corpus, "train"), seed, self.hard)
+        rng = random.Random(seed)
+        while True:
+            tokens, size, questions = self.stages[int(self.current[0])]
+            yield make_batch(generator, tokenizer, tokens, size, questions, self.max_position, rng)

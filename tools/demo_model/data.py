@@ -146,26 +146,32 @@ class Generator:
                   + self.question(kind, asked, plural) + self.lead(kind, asked, plural))
         return prompt, [v for k in asked for v in table[k]]
 
-    def chain(self, hops):
-        name = lambda: "".join(self.rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(5))
-        names = [name() for _ in range(hops + 1)]
-        value = str(self.rng.randint(10000, 99999))
-        lines = [f"VAR {names[0]} = {value}"]
-        lines += [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:])]
-        return names, value, lines
-
-    def variable_tracking(self, characters, hops=4):
-        names, value, lines = self.chain(hops)
+    def chain_problem(self, characters, letters, hops=4):
+        """A chain of assignments in noise, up to where the answer begins, and its variables."""
+        names = {}
+        while len(names) <= hops:
+            names["".join(self.rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(letters))] = None
+        names = list(names)
+        value = str(self.rng.randrange(10000, 99999))
+        # The blank behind an assignment of a variable is RULER's, as is the one behind "they are:".
+        lines = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:])]
         sentences, joint = self.haystack("noise", characters, None)
-        spots = sorted(self.rng.random() for _ in lines)
-        for spot, line in sorted(zip(spots, lines), reverse=True):
-            sentences.insert(int(spot * (len(sentences) + 1)), line)
+        spots = sorted(self.rng.randrange(len(sentences)) for _ in lines)
+        for spot, line in reversed(list(zip(spots, lines))):
+            sentences.insert(spot, line)
         prompt = ("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
                   + joint.join(sentences)
                   + f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
                   f"According to the chain(s) of variable assignment in the text above, {hops + 1} variables are "
-                  f"assigned the value {value}, they are:")
+                  f"assigned the value {value}, they are: ")
         return prompt, names
+
+    def variable_tracking(self, characters):
+        """A worked example with names of three letters, of about 500 tokens where there is room, then the problem."""
+        example_characters = min(1500, characters // 4)
+        example, names = self.chain_problem(example_characters, 3)
+        prompt, asked = self.chain_problem(characters - example_characters, 5)
+        return f"{example} {' '.join(names)}\n\n{prompt}", asked
 
     # ---- training
     def training_sample(self, characters, num_questions):
@@ -173,8 +179,8 @@ class Generator:
         rng = self.rng
         if rng.random() < self.hard / 3:
             prompt, names = self.variable_tracking(characters)
-            at = prompt.index("Question:")
-            return prompt[:at], [(prompt[at:], " " + listing(names) + ".")]
+            at = prompt.rindex("Question:")
+            return prompt[:at], [(prompt[at:], " " + " ".join(names))]
         haystack = rng.choices(["essay", "needle", "noise"], [0.6, 0.25, 0.15])[0]
         key_kind = rng.choices(["pair", "word", "two", "uuid"], [0.55, 0.15, 0.15, 0.15])[0]
         kind = rng.choices(["number", "word", "uuid"], [0.6, 0.15, 0.25])[0]

@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint per task and length, dense and with the mean-key selector in chunked prefill; JSON out.
 
-Greedy decoding with a KV cache. A sample scores the share of its answers that occur in the output, ignoring case, as in
+For use while training: the engine's own figures come from `compact eval ruler`. Greedy decoding with a KV cache. A sample scores the share of its answers that occur in the output, ignoring case, as in
 RULER. Decoding stops when all answers have been seen (more text cannot change the score), at the end token, or at the limit.
 """
 
@@ -124,8 +124,8 @@ def make_prompts(tokenizer, source, task, tokens, count, seed, limit):
     return prompts
 
 
-def add_prompt_arguments(parser):
-    """What is asked of which model; evaluate_engine.py asks the same."""
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=EVAL_TASKS)
@@ -133,11 +133,6 @@ def add_prompt_arguments(parser):
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=pathlib.Path)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_prompt_arguments(parser)
     parser.add_argument("--tau", nargs="*", type=float, default=[], help="mean-key thresholds beside dense")
     parser.add_argument("--no-dense", action="store_true")
     parser.add_argument("--device", default="cpu")

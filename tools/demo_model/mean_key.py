@@ -1,8 +1,8 @@
 """The `mean-key` selector of this project, simulated in torch for one request: which past pages does a chunk read?
 
 Page summaries are means of post-RoPE keys over P = 128 tokens. A tile is 32 tokens (absolute multiples) times the query heads
-of one KV head. Scores are softmaxed per row over the pages that lie wholly before the row, averaged over the rows
-of the tile, and a page is kept if its share reaches tau. The chunk reads the union of its tiles, plus first and nearest pages.
+of one KV head. Scores are softmaxed per row over the pages that lie wholly before the tile, and a page is kept if its share
+reaches tau in any row of the tile. The chunk reads the union of its tiles, plus first and nearest pages.
 """
 
 import torch
@@ -23,15 +23,12 @@ def tile_shares(q, means, start):
     heads, tokens, _ = q.shape
     grouped = q.unflatten(0, (kv_heads, heads // kv_heads))
     score = torch.einsum("ghtd,gpd->ghtp", grouped, means) * dim**-0.5
-    position = torch.arange(start, start + tokens, device=q.device)
-    visible = position[:, None] >= (torch.arange(pages, device=q.device) + 1) * PAGE - 1
-    sees_any = visible.any(1)
-    share = score.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
+    tile_start = torch.arange(start, start + tokens, device=q.device) // TILE * TILE
+    visible = tile_start[:, None] >= (torch.arange(pages, device=q.device) + 1) * PAGE
+    share = score.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0).amax(1)
     tiles = (tokens + TILE - 1) // TILE
     pad = tiles * TILE - tokens
-    share = torch.nn.functional.pad(share, (0, 0, 0, pad)).unflatten(1, (tiles, TILE)).sum(2)
-    rows = torch.nn.functional.pad(sees_any.float(), (0, pad)).view(tiles, TILE).sum(1) * (heads // kv_heads)
-    return share / rows.clamp(min=1)[:, None]
+    return torch.nn.functional.pad(share, (0, 0, 0, pad)).unflatten(1, (tiles, TILE)).amax(2)
 
 
 def chunk_pages(q, k, start, tau):

@@ -70,8 +70,11 @@ class Attention(nn.Module):
             taps.append((q, k))
         group = self.c.num_attention_heads // self.c.num_key_value_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if q.is_cuda:  # attention in bf16, everything else in fp32 or TF32: logits reach 200 and more
+            q, k, v = (t.bfloat16() for t in (q, k, v))
+            bias = bias if bias is None else bias.bfloat16()
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-        return self.merge(o)
+        return self.merge(o.float())
 
 
 class Mlp(nn.Module):

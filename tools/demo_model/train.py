@@ -11,7 +11,6 @@ The run continues from WORK/state.pt if it exists; MODEL is rewritten atomically
 import argparse
 import math
 import pathlib
-import random
 import time
 
 import torch
@@ -19,43 +18,37 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 import circuit
-from batches import dilution_bias, make_batch
-from data import Generator, Source
+from batches import GRANULE, RIVALS, BatchStream, dilution_bias
 from model import Config, Llama, load, save
 
 # (share of the time, tokens, sequences, questions per sequence, copies of far tokens in the softmax)
 STAGES = {
     "cpu": [(0.7, 512, 8, 4, 40), (0.3, 2048, 2, 12, 10)],
-    "cuda": [(0.25, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.2, 32768, 4, 48, 1)],
+    "cuda": [(0.2, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.25, 32768, 4, 48, 1)],
 }
 RETRIEVAL_LAYER = 2
 FREE = ("model.layers.2.mlp", "model.layers.3", "model.norm")
 PAGES_AT_16K = 128
-PAGE, GRANULE = 128, 32
+LOG_EVERY_STEPS = 20
 
 
-def selector_loss(q, k, batch, rng):
+def selector_loss(q, k, batch):
     """Cross entropy of the answer's page among page means, per asking row, as if there were 16K tokens of pages.
 
-    Short sequences hold few pages of 128 tokens, so a page is made of the answer's granule of 32 tokens and three
-    other granules; competitors are made of four others, and each counts as often as needed to fill 16K.
+    q [B, Hq, T, D], k [B, Hkv, T, D] after RoPE. Each competitor counts as often as needed to fill 16K.
     """
-    losses = []
-    group = q.shape[1] // k.shape[1]
-    for b, row, place in batch.links:
-        granules = batch.context[b] // GRANULE
-        mine = place // GRANULE
-        if granules < 6 or mine >= granules:
-            continue
-        means = k[b, :, : granules * GRANULE].unflatten(1, (granules, GRANULE)).mean(2)       # [Hkv, granules, D]
-        others = [g for g in range(granules) if g != mine]
-        index = torch.tensor([[mine] + rng.sample(others, 3)] + [rng.sample(others, 4) for _ in range(12)], device=k.device)
-        pages = means[:, index].mean(2)                                                        # [Hkv, 13, D]
-        score = torch.einsum("gtd,gpd->gtp", q[b, :, row].unflatten(0, (-1, group)), pages) * q.shape[-1] ** -0.5
-        score = score.float() + torch.cat([score.new_zeros(1), score.new_full((12,), math.log(PAGES_AT_16K / 12))])
-        # A share of 0.6 is enough: beyond it only the scale of the logits would grow.
-        losses.append((-score.log_softmax(-1)[..., 0] - 0.5).relu().mean())
-    return torch.stack(losses).mean() if losses else q.sum() * 0
+    if len(batch.pages) == 0:
+        return q.sum() * 0
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    sequence, row = batch.asking_rows.unbind(1)
+    means = k.float().unflatten(2, (-1, GRANULE)).mean(3)                                     # [B, Hkv, granules, D]
+    pages = means.transpose(1, 2)[sequence[:, None, None], batch.pages].mean(2)               # [K, 1 + RIVALS, Hkv, D]
+    asking = q[sequence, :, row].float().unflatten(1, (heads, group))                         # [K, Hkv, G, D]
+    score = torch.einsum("ngtd,npgd->ngtp", asking, pages) * q.shape[-1] ** -0.5
+    weight = score.new_full((1 + RIVALS,), math.log(PAGES_AT_16K / RIVALS))
+    weight[0] = 0
+    # A share of 0.6 is enough: beyond it only the scale of the logits would grow.
+    return (-(score + weight).log_softmax(-1)[..., 0] - 0.5).relu().mean()
 
 
 def rate(progress, peak):
@@ -63,7 +56,28 @@ def rate(progress, peak):
     return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def main():
+def losses(model, batch, copies, weights):
+    """-> the training loss and what the log shows of it (tensors on the device: reading them waits for it)."""
+    bias = dilution_bias(batch.needles, copies) if copies > 1 else None
+    taps = []
+    hidden = model.hidden(batch.ids, batch.positions, taps, bias)
+    rows = torch.cat([batch.answer_rows, batch.prose_rows])
+    logits = model.logits(hidden[rows[:, 0], rows[:, 1]])
+    targets = batch.ids[rows[:, 0], rows[:, 1] + 1]
+    each = F.cross_entropy(logits, targets, reduction="none")
+    answers = len(batch.answer_rows)
+    answer, prose = each[:answers].mean(), each[answers:].mean()
+    selector = selector_loss(*taps[RETRIEVAL_LAYER], batch)
+    with torch.no_grad():
+        right = (logits[:answers].argmax(-1) == targets[:answers]).float()
+        turns = batch.answer_turn
+        first = torch.cat([turns.new_ones(1), turns[1:] - turns[:-1]]).bool()
+        exact = torch.ones(int(turns[-1]) + 1, device=right.device).scatter_reduce(0, turns, right, "amin")
+    shown = {"answer": answer, "prose": prose, "selector": selector, "first": right[first].mean(), "exact": exact.mean()}
+    return answer + weights.prose_weight * prose + weights.selector_weight * selector, {n: v.detach() for n, v in shown.items()}
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="holds tokenizer.json; receives the checkpoint")
@@ -82,14 +96,18 @@ def main():
     parser.add_argument("--start", type=pathlib.Path, help="begin with the weights of this checkpoint folder")
     parser.add_argument("--last-stage", type=int, help="stop the curriculum after this stage")
     parser.add_argument("--first-stage", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches; 0: this one")
+    return parser.parse_args()
 
+
+def main():
+    args = arguments()
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 products on CUDA; nothing on the CPU
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    rng = random.Random(args.seed)
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    generator = Generator(Source(args.corpus, "train"), args.seed, args.hard)
+    tokenizer_file = args.model / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     model = Llama(Config(vocab_size=tokenizer.get_vocab_size()))
     circuit.write(model, tokenizer, args.seed)
     if args.start:
@@ -107,58 +125,44 @@ def main():
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, elapsed = state["step"], state["elapsed"]
-        generator.rng.seed(args.seed + step)
         print("continuing at step", step, flush=True)
 
-    stages = STAGES["cuda" if args.device.startswith("cuda") else "cpu"]
-    stages = stages[args.first_stage : args.last_stage]
+    stages = STAGES["cuda" if args.device.startswith("cuda") else "cpu"][args.first_stage : args.last_stage]
     total = sum(s[0] for s in stages)
+    stream = BatchStream(args.corpus, tokenizer_file, args.seed + step, args.hard, args.max_position, [s[1:4] for s in stages])
+    batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=args.workers))
+    copies = {tokens: count for _, tokens, _, _, count in stages}
     budget = args.minutes * 60
     last_save = elapsed
-    seen = dict(answer=0.0, prose=0.0, selector=0.0, first=0.0, exact=0.0, count=0)
+    seen, skipped = {}, 0
     while elapsed < budget:
         began = time.time()
         progress, passed = elapsed / budget, 0.0
-        for share, tokens, size, questions, copies in stages:
+        for stage, (share, *_) in enumerate(stages):
             passed += share / total
             if progress < passed:
                 break
+        stream.set_stage(stage)
         for g in optimiser.param_groups:
             g["lr"] = g["factor"] * rate(progress, args.rate)
-        batch = make_batch(generator, tokenizer, tokens, size, questions, args.max_position, rng)
-        ids, positions = batch.ids.to(args.device), batch.positions.to(args.device)
-        bias = dilution_bias(batch, copies).to(args.device) if copies > 1 else None
-        taps = []
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda")):
-            hidden = model.hidden(ids, positions, taps, bias)
-            rows = torch.cat([batch.answer_rows, batch.prose_rows])
-            picked = hidden[rows[:, 0], rows[:, 1]]
-            logits = model.logits(picked).float()
-        targets = ids[rows[:, 0], rows[:, 1] + 1]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        answers = len(batch.answer_rows)
-        answer, prose = losses[:answers].mean(), losses[answers:].mean()
-        selector = selector_loss(*taps[RETRIEVAL_LAYER], batch, rng)
-        loss = answer + args.prose_weight * prose + args.selector_weight * selector
+        batch = next(batches).to(args.device)
+        tokens = batch.ids.shape[1]
+        loss, shown = losses(model, batch, copies[tokens], args)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if torch.isfinite(norm):
+            optimiser.step()
+        else:
+            skipped += 1
         step += 1
-
-        right = (logits[:answers].argmax(-1) == targets[:answers]).cpu()
-        turns = batch.answer_turn
-        first = torch.cat([torch.tensor([True]), turns[1:] != turns[:-1]])
-        exact = torch.tensor([right[turns == t].all() for t in turns.unique()]).float().mean()
-        for name, value in (("answer", answer), ("prose", prose), ("selector", selector), ("first", right[first].float().mean()),
-                            ("exact", exact)):
-            seen[name] += float(value.detach())
-        seen["count"] += 1
+        for name, value in shown.items():
+            seen.setdefault(name, []).append(value)
         elapsed += time.time() - began
-        if step % 20 == 0:
-            n = seen.pop("count")
-            print(f"step {step} {elapsed / 60:.1f} min tokens {tokens} " + " ".join(f"{k} {v / n:.3f}" for k, v in seen.items()), flush=True)
-            seen = dict.fromkeys(seen, 0.0) | {"count": 0}
+        if step % LOG_EVERY_STEPS == 0:
+            means = " ".join(f"{name} {float(torch.stack(values).mean()):.3f}" for name, values in seen.items())
+            print(f"step {step} {elapsed / 60:.1f} min tokens {tokens} {means} skipped {skipped}", flush=True)
+            seen = {}
         if elapsed - last_save > 60 * args.save_every or elapsed >= budget:
             last_save = elapsed
             save(model, args.model)

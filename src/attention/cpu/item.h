@@ -1,55 +1,54 @@
-/// What one item of the CPU kernel owns, and the scratch it works in. Shared by all instruction sets.
+/// What one item of the CPU backend owns, and how its kernels are called. Shared by all kernels and instruction sets.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "compact/attention.h"
 
 namespace compact::cpu {
 
-// Ice Lake server, 1 thread, AVX-512, C 1024, L 8192, P 128, Hq 8, Hkv 2, fp32, in % of the sgemm rate of the same run
-// (attention_cpu_bench --threads 1 --cpu-time; the machine was busy, differences below 5 points are noise):
-//   keys in a block  64 / 128 / 256      D 64: 99 / 95 / 86     D 128: 105 / 103 / 101
-//   tiles in an item  1 / 2 / 4 / 8      D 64: 68 / 79 / 93 / 99   D 128: 71 / 91 / 104 / 98   (K and V staged)
+struct Bf16Product;
 
-/// Keys between two updates of the running maximum. S^T of a block (24 KB) and Q^T (24 KB at D 128) share L1.
-inline constexpr std::int32_t kKeyBlock = 128;
-
-/// Row tiles that share a walk over the list, and each staged block of K and V.
-inline constexpr std::int32_t kMaxTilesPerItem = 8;
-
-/// Consecutive row tiles of one unit. Packed row r of a unit is (token r / heads_per_unit, head r % heads_per_unit).
+/// Packed row r of a unit is (token r / heads_per_unit, head r % heads_per_unit).
 struct Item {
   std::int32_t unit = 0;
   std::int64_t first_row = 0;  // packed
-  std::int64_t num_rows = 0;   // at most tiles_per_item * tile_rows
-  std::int64_t cost = 0;       // rows * keys seen by the last row
+  std::int64_t num_rows = 0;
+  std::int32_t first_key = 0;  // list coordinates [first_key, end_key), where a list is split
+  std::int32_t end_key = 0;
+  bool last_keys = true;      // this item adds the means of dropped pages
+  std::int64_t partial = -1;  // first row of its part in Call::partial_*; -1: it writes the result
+  std::int64_t cost = 0;
 };
-
-/// One thread's scratch, floats unless noted. M = tile_rows; the parts of a tile lie together. 64-byte aligned.
-/// AVX-512 (M 48), D 128, 8 tiles: 390 KB of tiles + 24 KB of scores + 128 KB staged + 2 KB of pointers, in 1.25 MB of
-/// L2.
-struct Scratch {
-  float* tiles = nullptr;          // [tiles_per_item, tile_floats(D, M)]
-  float* scores = nullptr;         // [kKeyBlock, M]       S^T, then P^T of the tile at work
-  float* staged_k = nullptr;       // [kKeyBlock, D]       null unless staging
-  float* staged_v = nullptr;       // [kKeyBlock, D]
-  const float** k_rows = nullptr;  // [kKeyBlock]          where each key of the block lies
-  const float** v_rows = nullptr;  // [kKeyBlock]
-};
-
-/// A tile's part: Q^T [D, M], O^T [D, M], running maximum [M], running sum [M], visible limit [M] (int32), rescale [M].
-[[nodiscard]] constexpr std::int64_t tile_floats(std::int64_t head_dim, std::int64_t tile_rows) noexcept {
-  return (2 * head_dim + 4) * tile_rows;
-}
 
 /// All items of a call see this.
 struct Call {
   AttentionInput input;
   AttentionOutput output;
-  std::int32_t tile_rows = 0;  // M
+  const Bf16Product* product = nullptr;  // of the bf16 kernel
   std::int32_t tiles_per_item = 0;
-  bool stage = false;  // scratch has room for a block of K and V in fp32
+  float log2_lambda = 0;         // of skip-softmax
+  float log2_page_tokens = 0;    // what a mean of a dropped page counts for
+  float* partial_o = nullptr;    // [rows of split units x parts, D]  normalised
+  float* partial_lse = nullptr;  // [rows of split units x parts]
 };
+
+/// One way to compute items, for the instruction set of this machine.
+struct Kernel {
+  std::int32_t tile_rows = 0;       // packed rows of a tile
+  std::int32_t tiles_per_item = 0;  // at most: tiles that share a walk over the list
+  std::int64_t (*scratch_bytes)(const Call& call) = nullptr;
+  /// `scratch` is 64-byte aligned and the thread's own. Steps are added to `count`.
+  void (*attend)(const Call& call, const Item& item, std::byte* scratch, SkipCount& count) = nullptr;
+};
+
+[[nodiscard]] Kernel f32_kernel();       // any cache; scores and sums in fp32
+[[nodiscard]] Kernel bf16_kernel();      // bf16 caches; Call::product multiplies
+[[nodiscard]] Kernel few_rows_kernel();  // items of at most kFewRows rows; memory-bound
+
+/// Units of so few rows are read along D, one item per kSplitKeys keys (multiple of the kernels' key blocks).
+inline constexpr std::int64_t kFewRows = 8;
+inline constexpr std::int32_t kSplitKeys = 2048;
 
 }  // namespace compact::cpu

@@ -1,30 +1,25 @@
-// The arithmetic of one tile of rows against one block of keys, for the instruction set being compiled.
-// Included once per instruction set by attention.cc (Highway foreach_target); no other includes inside the namespace.
+// fp32: the arithmetic of one tile of rows against one block of keys, for the instruction set being compiled.
+// Include inside foreach_target.
 //
-// Rows lie in lanes: S^T[key][row], O^T[d][row]. Every step is then a broadcast of one element of K or V times vectors
-// of rows; maximum, exponential and sum are vertical. K and V are read where they lie, one pointer per key.
-#if defined(COMPACT_TILE_KERNEL_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef COMPACT_TILE_KERNEL_INL_H_
-#undef COMPACT_TILE_KERNEL_INL_H_
+// Every product is a broadcast of one element of K or V times vectors of rows. K and V are read where they lie, one
+// pointer per key.
+#if defined(COMPACT_ATTENTION_CPU_F32_STEP_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef COMPACT_ATTENTION_CPU_F32_STEP_INL_H_
+#undef COMPACT_ATTENTION_CPU_F32_STEP_INL_H_
 #else
-#define COMPACT_TILE_KERNEL_INL_H_
+#define COMPACT_ATTENTION_CPU_F32_STEP_INL_H_
 #endif
 
 #include <cstdint>
-#include <limits>
 
 #include "hwy/highway.h"
-#include "src/attention/cpu/item.h"
+#include "src/attention/cpu/tile-inl.h"
 #include "src/core/fast_exp2-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace compact::cpu {
 namespace HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
 using compact::HWY_NAMESPACE::fast_exp2;
-
-using DF = hn::ScalableTag<float>;
-using VF = hn::Vec<DF>;
 
 // Register block: kVectors vectors of rows x kBroadcasts keys (or values of d). 32 registers hold 3 x 8 accumulators, 3
 // row vectors and a broadcast; 16 hold 2 x 4 + 2 + 1 (2 x 6 would not divide D). Both give the two FMA ports enough
@@ -104,52 +99,27 @@ HWY_INLINE void mix_values(DF d, const float* HWY_RESTRICT weights, const float*
   }
 }
 
-// Scores of keys at list coordinates first_key + key that a row does not see become -inf.
-template <int kV>
-HWY_INLINE void mask_scores(DF d, std::int32_t first_key, std::int32_t num_keys, const std::int32_t* HWY_RESTRICT limit,
-                            float* HWY_RESTRICT scores) {
-  const hn::RebindToSigned<DF> di;
-  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  const VF hidden = hn::Set(d, -std::numeric_limits<float>::infinity());
-  for (std::int32_t key = 0; key < num_keys; ++key) {
-    for (int v = 0; v < kV; ++v) {
-      float* HWY_RESTRICT s = scores + (key * kV + v) * lanes;
-      const auto seen = hn::Lt(hn::Set(di, first_key + key), hn::Load(di, limit + v * lanes));
-      hn::Store(hn::IfThenElse(hn::RebindMask(d, seen), hn::Load(d, s), hidden), d, s);
-    }
-  }
-}
-
 // Online softmax of a block: scores become weights, running maximum and sum move on, rescale is what O^T must be
-// multiplied with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN.
+// multiplied with. The maximum starts at the lowest finite value, so -inf minus the maximum is never a NaN. `bias` adds
+// to every score, `most` includes it.
 template <int kV>
-HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max,
-                              float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
+HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, const VF* HWY_RESTRICT most, float bias,
+                              float* HWY_RESTRICT scores, float* HWY_RESTRICT row_max, float* HWY_RESTRICT row_sum,
+                              float* HWY_RESTRICT rescale) {
   const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
   for (int v = 0; v < kV; ++v) {
     float* HWY_RESTRICT s = scores + v * lanes;
     const VF old_max = hn::Load(d, row_max + v * lanes);
-    VF max0 = old_max;
-    VF max1 = old_max;
-    VF max2 = old_max;
-    VF max3 = old_max;
-    std::int32_t key = 0;
-    for (; key + 4 <= num_keys; key += 4) {  // four chains: a maximum has four cycles of latency
-      max0 = hn::Max(max0, hn::Load(d, s + (key + 0) * kV * lanes));
-      max1 = hn::Max(max1, hn::Load(d, s + (key + 1) * kV * lanes));
-      max2 = hn::Max(max2, hn::Load(d, s + (key + 2) * kV * lanes));
-      max3 = hn::Max(max3, hn::Load(d, s + (key + 3) * kV * lanes));
-    }
-    for (; key < num_keys; ++key) max0 = hn::Max(max0, hn::Load(d, s + key * kV * lanes));
-    const VF new_max = hn::Max(hn::Max(max0, max1), hn::Max(max2, max3));
-
+    const VF new_max = hn::Max(old_max, most[v]);
+    const VF subtract = hn::Sub(new_max, hn::Set(d, bias));
     VF sum0 = hn::Zero(d);
     VF sum1 = hn::Zero(d);
-    for (key = 0; key + 2 <= num_keys; key += 2) {
+    std::int32_t key = 0;
+    for (; key + 2 <= num_keys; key += 2) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
       float* HWY_RESTRICT b = a + kV * lanes;
-      const VF weight0 = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
-      const VF weight1 = fast_exp2(d, hn::Sub(hn::Load(d, b), new_max));
+      const VF weight0 = fast_exp2(d, hn::Sub(hn::Load(d, a), subtract));
+      const VF weight1 = fast_exp2(d, hn::Sub(hn::Load(d, b), subtract));
       hn::Store(weight0, d, a);
       hn::Store(weight1, d, b);
       sum0 = hn::Add(sum0, weight0);
@@ -157,7 +127,7 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
     }
     if (key < num_keys) {
       float* HWY_RESTRICT a = s + key * kV * lanes;
-      const VF weight = fast_exp2(d, hn::Sub(hn::Load(d, a), new_max));
+      const VF weight = fast_exp2(d, hn::Sub(hn::Load(d, a), subtract));
       hn::Store(weight, d, a);
       sum0 = hn::Add(sum0, weight);
     }
@@ -168,35 +138,38 @@ HWY_INLINE void soften_scores(DF d, std::int32_t num_keys, float* HWY_RESTRICT s
   }
 }
 
-// Parts of a tile in scratch; see tile_floats().
-struct Tile {
-  float* qt = nullptr;            // [D, M]  times softmax_scale * log2(e)
-  float* ot = nullptr;            // [D, M]
-  float* row_max = nullptr;       // [M]     in units of log2
-  float* row_sum = nullptr;       // [M]
-  float* rescale = nullptr;       // [M]
-  std::int32_t* limit = nullptr;  // [M]     the row sees list coordinates below it
-  std::int32_t vectors = 0;       // M / lanes, 1 to kVectors
-  std::int32_t rows = 0;          // rows in use, at most M
-  std::int32_t least_limit = 0;   // over the rows in use
-  std::int32_t most_limit = 0;
-  std::int64_t first_row = 0;  // packed
+// A block of keys with its values: list coordinates [first_key, first_key + num_keys), or means of dropped pages, which
+// every row sees.
+struct KeyBlock {
+  const float* const* k_rows = nullptr;  // [num_keys, padded to a multiple of kBroadcasts with valid pointers]
+  const float* const* v_rows = nullptr;  // [num_keys]
+  std::int32_t num_keys = 0;
+  std::int32_t first_key = 0;
+  float bias = 0;        // added to every score, in units of log2
+  bool may_hide = true;  // rows have limits
 };
 
-// One block of keys for one tile; k_rows is padded to a multiple of kBroadcasts with valid pointers.
+// Returns false if the block was skipped.
 template <int kV>
-HWY_NOINLINE void tile_step(const Tile& tile, std::int64_t head_dim, std::int32_t first_key, std::int32_t num_keys,
-                            const float* const* k_rows, const float* const* v_rows, float* scores) {
+HWY_NOINLINE bool f32_step(const Tile& tile, std::int64_t head_dim, const KeyBlock& block, float log2_lambda,
+                           float* scores) {
   const DF d;
   const std::int64_t m = kV * static_cast<std::int64_t>(hn::Lanes(d));
-  for (std::int32_t key = 0; key < num_keys; key += kBroadcasts) {
-    scores_of_keys<kV>(d, tile.qt, k_rows + key, head_dim, scores + key * m);
+  for (std::int32_t key = 0; key < block.num_keys; key += kBroadcasts) {
+    scores_of_keys<kV>(d, static_cast<const float*>(tile.qt), block.k_rows + key, head_dim, scores + key * m);
   }
-  if (first_key + num_keys > tile.least_limit) mask_scores<kV>(d, first_key, num_keys, tile.limit, scores);
-  soften_scores<kV>(d, num_keys, scores, tile.row_max, tile.row_sum, tile.rescale);
+  if (block.may_hide && block.first_key + block.num_keys > tile.least_limit) {
+    mask_scores<kV>(d, block.first_key, block.num_keys, tile.limit, scores);
+  }
+  VF most[kV];
+  largest_scores<kV>(d, block.num_keys, scores, most);
+  for (int v = 0; v < kV; ++v) most[v] = hn::Add(most[v], hn::Set(d, block.bias));
+  if (block_is_negligible<kV>(d, most, tile.row_max, log2_lambda)) return false;
+  soften_scores<kV>(d, block.num_keys, most, block.bias, scores, tile.row_max, tile.row_sum, tile.rescale);
   for (std::int64_t d0 = 0; d0 < head_dim; d0 += kBroadcasts) {
-    mix_values<kV>(d, scores, v_rows, num_keys, d0, tile.rescale, tile.ot + d0 * m);
+    mix_values<kV>(d, scores, block.v_rows, block.num_keys, d0, tile.rescale, tile.ot + d0 * m);
   }
+  return true;
 }
 
 }  // namespace HWY_NAMESPACE

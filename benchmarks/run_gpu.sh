@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: everything that only it can prove, in the order in which a failure tells most. The binaries
+# come from `cmake --build build/cuda --target all gpu_extras`, here or elsewhere; they need a driver and nothing else.
+#
+#   benchmarks/run_gpu.sh BUILD OUT [PART ...] [--quick]
+#
+#   layouts      every instruction and memory layout of the sm_90a kernel, one at a time
+#   tests        the GPU tests, each in a process of its own under a time limit: a hang costs one test. If a test of the
+#                sm90 kernel hangs, it runs again on kernels that say who waited for what (attention_gpu_spin_test)
+#   sanitizer    memcheck, racecheck and synccheck on small shapes
+#   bench        our benchmark; --quick: the shapes of the targets only
+#   peers        dense attention of PyTorch at the same shapes, GEMM and copy of the machine (needs torch)
+#   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
+#
+# No part: layouts tests bench peers sanitizer experiments. Logs go to OUT; a table of what passed comes last. Exit 1 if
+# anything failed. Not run is never passed: a missing binary or tool is a line of the table.
+set -uo pipefail
+
+build=${1:?build directory}
+out=${2:?output directory}
+shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+gpu=$build/tests/gpu
+quick=false
+parts=()
+for argument in "$@"; do
+  case $argument in
+    --quick) quick=true ;;
+    layouts | tests | sanitizer | bench | peers | experiments) parts+=("$argument") ;;
+    *) echo "run_gpu.sh: unknown part '$argument'; allowed: layouts tests sanitizer bench peers experiments --quick" >&2; exit 2 ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer experiments)
+export TEST_SECONDS=${TEST_SECONDS:-40}  # of one test
+mkdir -p "$out/tests"
+chmod +x "$gpu"/*_test "$build"/benchmarks/{attention_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
+: >"$out/table"
+
+row() { echo "$*" | tee -a "$out/table"; }
+
+# name, seconds, command: output to OUT/name.log, one row of the table.
+limited() {
+  local name=$1 seconds=$2 began=$SECONDS
+  shift 2
+  if ! command -v "$1" >/dev/null; then
+    row "NONE $name: no $1"
+    return 1
+  fi
+  timeout -k 2 "$seconds" "$@" >"$out/$name.log" 2>&1
+  local rc=$?
+  case $rc in
+    0) row "ok   $name ($((SECONDS - began)) s)" ;;
+    124 | 137) row "HANG $name (killed after $seconds s)" ;;
+    *) row "FAIL $name (exit $rc): $(grep -m1 -iE 'FAIL|error' "$out/$name.log" | cut -c1-150)" ;;
+  esac
+  return $rc
+}
+
+one_test() { # test, log directory
+  local log=$2/${1//\//_}.log began=$SECONDS
+  timeout -k 1 "$TEST_SECONDS" "$TEST_BINARY" --gtest_filter="$1" >"$log" 2>&1
+  local rc=$?
+  case $rc in
+    0) if grep -q 'SKIPPED' "$log"; then echo "skip $1"; else echo "ok   $1 ($((SECONDS - began)) s)"; fi ;;
+    124 | 137) echo "HANG $1 (killed after $TEST_SECONDS s)" ;;
+    *) echo "FAIL $1 (exit $rc)" ;;
+  esac
+}
+export -f one_test
+
+layouts() {
+  limited layouts 30 "$gpu/ptx_layout_test"
+  grep '^FAIL' "$out/layouts.log" 2>/dev/null | cut -c1-180
+}
+
+tests() {
+  export TEST_BINARY=$gpu/attention_gpu_test
+  local names
+  if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
+    row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
+    return
+  fi
+  # Four at a time: most of a test is host work.
+  sed 's/ *#.*//' <<<"$names" | awk '/^[^ ].*\.$/ {suite=$1; next} /^  / {print suite $1}' |
+    xargs -P 4 -I{} bash -c 'one_test "$@"' _ {} "$out/tests" | tee "$out/tests/summary"
+  grep -E '^(FAIL|HANG)' "$out/tests/summary" | while read -r _ name _; do
+    echo "--- $name"
+    grep -vE '^\[ |^Note|^Running|^$' "$out/tests/${name//\//_}.log" | head -12
+  done
+  local hanging
+  hanging=$(grep -m1 -E '^HANG .*sm90' "$out/tests/summary" | awk '{print $2}')
+  if [ -n "$hanging" ]; then
+    echo "--- $hanging on kernels whose waits give up"
+    TEST_SECONDS=60 TEST_BINARY=$gpu/attention_gpu_spin_test one_test "$hanging" "$out"
+    grep -E '^(warp 0|wait given up)' "$out/${hanging//\//_}.log" | sort -u | head -24
+  fi
+  row "$(grep -cE '^(FAIL|HANG)' "$out/tests/summary") failed, $(grep -c '^ok' "$out/tests/summary") passed," \
+    "$(grep -c '^skip' "$out/tests/summary") skipped: tests"
+  grep -E '^(FAIL|HANG)' "$out/tests/summary" >>"$out/table"
+}
+
+sanitizer() {
+  local tool
+  # Small shapes: a kernel runs ten to a hundred times slower here.
+  for tool in memcheck racecheck synccheck; do
+    limited "sanitizer_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/attention_gpu_test" \
+      --gtest_filter='*OneTile*:*EmptyLists*:*BadPageIds*'
+  done
+}
+
+bench() {
+  limited bench 200 "$build/benchmarks/attention_gpu_bench" $($quick && echo --quick) --json "$out/bench.json"
+  cat "$out/bench.log" 2>/dev/null
+}
+
+peers() {
+  local ours=()
+  [ -f "$out/bench.json" ] && ours=(--ours "$out/bench.json")
+  limited peers 200 python3 "$here/attention_gpu_peers.py" $($quick && echo --quick) "${ours[@]}" --json "$out/peers.json"
+  cat "$out/peers.log" 2>/dev/null
+}
+
+experiments() {
+  local program=$build/benchmarks/sm90_experiments chosen=(E1 E2 E3 E4 E5) seconds=10 experiment clocks=
+  $quick && chosen=(E2 E5) seconds=1
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu --format=csv,noheader -lms 250 >"$out/clocks.csv" &
+    clocks=$!
+  fi
+  for experiment in "${chosen[@]}"; do
+    limited "experiment_$experiment" 120 "$program" "$experiment" --seconds "$seconds"
+    cat "$out/experiment_$experiment.log" 2>/dev/null
+  done
+  [ -n "$clocks" ] && kill "$clocks"
+}
+
+if command -v nvidia-smi >/dev/null; then
+  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader | tee "$out/machine"
+fi
+for part in "${parts[@]}"; do
+  echo "== $part"
+  "$part"
+done
+
+printf '\n== table\n'
+cat "$out/table"
+! grep -qE '^(FAIL|HANG|NONE|[1-9][0-9]* failed)' "$out/table"

@@ -1,0 +1,11 @@
+#include "src/attention/sm80/launch.h"
+#include "src/attention/sm80/sm80_prefill.cuh"
+
+namespace compact {
+
+Sm80Kernel sm80_kernel_d256(DType dtype) {
+  return dtype == DType::kF16 ? sm80_prefill_kernel<ptx::MmaType::kF16, 256>
+                              : sm80_prefill_kernel<ptx::MmaType::kBf16, 256>;
+}
+
+}  // namespace compact
