@@ -192,6 +192,13 @@ struct XAttentionOptions {
   float mass = 0.9F;         // of a row's sum that the kept pages reach, forced pages counted first; 1 or more: all
 };
 
+/// QUOKA, arXiv 2602.08722, by pages: the queries of a block that look least like their mean choose them
+/// (docs/design/method.md 3.8).
+struct QuokaOptions {
+  std::int32_t picked_queries = 16;  // of each block of min(128, P) queries
+  std::int32_t kept_tokens = 1024;   // each row keeps ceil(kept_tokens / P) pages
+};
+
 /// Pages drawn by a seeded hash: the control that a selector has to beat. One draw for each (layer, KV head), so that
 /// the union does not inflate it.
 struct RandomOptions {
@@ -227,6 +234,7 @@ struct SelectorOptions {
   MeanKeyOptions mean_key{};
   SubMeanOptions sub_mean{};
   XAttentionOptions xattention{};
+  QuokaOptions quoka{};
   RandomOptions random{};
   Budget budget{};              // in place of the selector's own rule; not for dense and static
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force

@@ -359,10 +359,11 @@ std::int32_t TileSoftmax::num_seeing_rows() const noexcept {
   return count;
 }
 
-void TileSoftmax::max_over_rows(std::int32_t first, std::int32_t end, float* max) const {
+void TileSoftmax::max_over_rows(std::int32_t first, std::int32_t end, std::int32_t begin_row, std::int32_t end_row,
+                                float* max) const {
   for (std::int32_t g = first; g < end; ++g) {
     const float* scores = sums_ + std::int64_t{g} * padded_rows_;
-    max[g - first] = *std::max_element(scores, scores + rows_);
+    max[g - first] = *std::max_element(scores + begin_row, scores + end_row);
   }
 }
 

@@ -69,8 +69,9 @@ class TileSoftmax {
   void join_rows(std::int32_t first, std::int32_t end, const float* reference, const float* scale, const float* weight,
                  float cap, float* sum, float* max);
 
-  /// After add_maxima: max[g - first] = the largest score of the group over all rows.
-  void max_over_rows(std::int32_t first, std::int32_t end, float* max) const;
+  /// After add_maxima: max[g - first] = the largest score of the group over the rows [begin_row, end_row).
+  void max_over_rows(std::int32_t first, std::int32_t end, std::int32_t begin_row, std::int32_t end_row,
+                     float* max) const;
 
  private:
   void add(std::span<const float* const> columns, std::int32_t group_columns, const std::int32_t* visible, bool maxima);

@@ -8,9 +8,9 @@
 ///   keep past page j  iff  E[j] >= threshold           threshold = max(share, lift / n), n scored pages,
 ///                                                      or alpha * max over all scored pages of E
 ///
-/// Scored are the complete pages that end at or before the tile's last query (visible `full`: before its first). Those of the chunk itself (boundary page
-/// included) take part in sums and maxima, never in the mask. Rows that see no page drop out. A row with a NaN or +inf
-/// score, or without a finite one, keeps all its pages and is counted.
+/// Scored are the complete pages that end at or before the tile's last query (visible `full`: before its first). Those
+/// of the chunk itself (boundary page included) take part in sums and maxima, never in the mask. Rows that see no page
+/// drop out. A row with a NaN or +inf score, or without a finite one, keeps all its pages and is counted.
 #pragma once
 
 #include <cstdint>

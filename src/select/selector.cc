@@ -26,6 +26,7 @@ constexpr Entry kSelectors[] = {
     {"mean-key", make_mean_key_selector},
     {"sub-mean", make_sub_mean_selector},
     {"xattention", make_xattention_selector},
+    {"quoka", make_quoka_selector},
     {"random", make_random_selector},
     {"external", make_external_selector},
 };

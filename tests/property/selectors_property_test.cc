@@ -47,6 +47,9 @@ const SelectorCase kCases[] = {
      false},
     {"xattention", {.name = "xattention", .xattention = {.stride = 8, .mass = 0.5F}}},
     {"xattention_16", {.name = "xattention", .xattention = {.stride = 16, .mass = 0.3F}}},
+    // Its pages are counted, and an edge decides which compete; a threshold knows no others.
+    {"quoka", {.name = "quoka", .quoka = {.picked_queries = 4, .kept_tokens = 64}}, true, false, false},
+    {"quoka_threshold", {.name = "quoka", .budget = {.kind = BudgetKind::kThreshold, .value = 0.5F}}, true, false},
     // Its share is of Np, which an edge changes; its draws are by head number.
     {"random", {.name = "random", .random = {.share = 0.4F}}, true, true, false, false},
     {"mean_key_tile",

@@ -7,6 +7,7 @@
 
 #include "src/select/mean_key.h"
 #include "tests/golden/mean_key_goldens.h"
+#include "tests/unit/lcg.h"
 
 namespace compact {
 namespace golden {
@@ -17,23 +18,7 @@ void PrintTo(const MeanKeyGolden& golden, std::ostream* out) { *out << golden.pr
 namespace {
 
 using golden::MeanKeyGolden;
-
-// The generator of the script: values in [-2, 2), exact in fp32.
-class Lcg {
- public:
-  explicit Lcg(std::uint32_t seed) : state_(seed) {}
-  std::vector<float> values(std::int32_t count) {
-    std::vector<float> out(static_cast<std::size_t>(count));
-    for (float& value : out) {
-      state_ = state_ * 1664525U + 1013904223U;
-      value = static_cast<float>(state_ >> 16) / 16384.0F - 2.0F;
-    }
-    return out;
-  }
-
- private:
-  std::uint32_t state_;
-};
+using testing::Lcg;
 
 class MeanKeyGoldens : public ::testing::TestWithParam<MeanKeyGolden> {};
 

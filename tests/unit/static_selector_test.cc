@@ -51,10 +51,10 @@ TEST(Selectors, NeedPageMeansOnlyForMeanKey) {
 TEST(Selectors, UnknownNameListsTheKnown) {
   const auto selector = make_selector({.name = "nonesuch"});
   EXPECT_EQ(selector.status().code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(
-      selector.status().message(),
-      "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key, sub-mean, xattention, random, external");
-  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key, sub-mean, xattention, random, external");
+  EXPECT_EQ(selector.status().message(),
+            "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key, sub-mean, xattention, quoka, random, "
+            "external");
+  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key, sub-mean, xattention, quoka, random, external");
 }
 
 TEST(Selectors, PresetsAreTheirPublishedRules) {
