@@ -5,6 +5,29 @@
 #include <bit>
 
 namespace compact::engine {
+namespace {
+
+// Options of one selector each. Their ranges are the library's to check.
+void add_selector_options(SelectorOptions& selector, CLI::App& command) {
+  const auto add = [&](const char* flag, auto& value, const char* meaning) {
+    command.add_option(flag, value, meaning)->capture_default_str();
+  };
+  add("--score-temperature", selector.sub_mean.temperature, "sub-mean: scores are multiplied with this");
+  add("--peak-weight", selector.sub_mean.peak_weight,
+      "sub-mean: weight of the largest share of a row beside the mean over rows");
+  add("--min-coherence", selector.sub_mean.min_coherence,
+      "sub-mean: also keep pages whose keys agree less than this; 0: off");
+  add("--probe-stride", selector.sub_mean.probe_stride,
+      "sub-mean: also keep what every this many tokens read exactly; 0: off");
+  add("--probe-mass", selector.sub_mean.probe_mass, "sub-mean: of a probe's attention that a page must hold");
+  add("--stride", selector.xattention.stride, "xattention: tokens that a strided row or column stands for");
+  add("--mass", selector.xattention.mass, "xattention: part of a row's sum that the kept pages reach");
+  add("--picked-queries", selector.quoka.picked_queries, "quoka: queries of a block that choose");
+  add("--kept-tokens", selector.quoka.kept_tokens, "quoka: pages of this many tokens are kept");
+  add("--select-seed", selector.random.seed, "random: seed of the draw");
+}
+
+}  // namespace
 
 void GenerateFlags::add_selector_to(CLI::App& command) {
   command.add_option("--selector", selector, "How pages are chosen: " + selector_names())->capture_default_str();
@@ -21,12 +44,15 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
                   "Rule of the mean-key selector: mean-key, compact, flashprefill-v1, flashprefill-v2")
       ->capture_default_str();
   command.add_option("--share", share,
-                     "mean-key: keep a page whose share of a row's attention estimate is at least this");
+                     "mean-key, sub-mean: keep a page whose share of a row's attention estimate is at least this; "
+                     "random: this share of the pages");
   command.add_option("--alpha", alpha, "mean-key: keep a page whose energy is at least this times the largest");
   command.add_option("--vote", vote,
                      "mean-key: how the rows of a tile decide together: mean, or max (the largest share)");
   command.add_option("--lift", lift,
-                     "mean-key: and whose share is at least this many times that of a page when all are equal");
+                     "mean-key, sub-mean: and whose share is at least this many times that of a page when all are "
+                     "equal");
+  add_selector_options(options.sparsity.selector, command);
   command
       .add_option(
           "--budget", budget,
@@ -102,20 +128,31 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
         fmt::format("--mode is {} and --span is {}\n  allowed: --mode span with --span of 1 or more", mode,
                     resolved.sparsity.unite.span_tokens));
   }
-  resolved.sparsity.selector.name = selector;
-  CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.mean_key, mean_key_preset(preset));
-  if (share >= 0) {
-    resolved.sparsity.selector.mean_key.share = share;
-    resolved.sparsity.selector.mean_key.alpha = -1;
+  if (selector == "external") {
+    return invalid_argument(
+        "--selector is external: its masks come from a program that calls the library (SelectInput::external)\n"
+        "  allowed: a selector that chooses by itself");
   }
-  if (alpha >= 0) resolved.sparsity.selector.mean_key.alpha = alpha;
+  SelectorOptions& chosen = resolved.sparsity.selector;
+  chosen.name = selector;
+  CA_ASSIGN_OR_RETURN(chosen.mean_key, mean_key_preset(preset));
+  if (share >= 0) {
+    chosen.mean_key.share = share;
+    chosen.mean_key.alpha = -1;
+    chosen.sub_mean.share = share;
+    chosen.random.share = share;
+  }
+  if (alpha >= 0) chosen.mean_key.alpha = alpha;
   if (vote == "mean" || vote == "max") {
-    resolved.sparsity.selector.mean_key.vote = vote == "max" ? RowVote::kMax : RowVote::kMean;
+    chosen.mean_key.vote = vote == "max" ? RowVote::kMax : RowVote::kMean;
   } else if (!vote.empty()) {
     return invalid_argument(fmt::format("--vote is '{}'\n  allowed: mean, max", vote));
   }
-  if (lift >= 0) resolved.sparsity.selector.mean_key.lift = lift;
-  CA_ASSIGN_OR_RETURN(resolved.sparsity.selector.budget, parse_budget(budget));
+  if (lift >= 0) {
+    chosen.mean_key.lift = lift;
+    chosen.sub_mean.lift = lift;
+  }
+  CA_ASSIGN_OR_RETURN(chosen.budget, parse_budget(budget));
   // An unknown selector should fail before a model is loaded.
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto sampler_check, Sampler::create(resolved.sampling));

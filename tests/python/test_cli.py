@@ -58,6 +58,41 @@ def test_dense_density_is_one_and_threshold_zero_answers_like_dense(cli, demo_di
     assert figures["all"]["answer"] == figures["dense"]["answer"]
 
 
+# Flags that keep few pages, flags that keep many, flags that keep all.
+SELECTORS = {
+    "sub-mean": (["--share", 0.3, "--lift", 0], ["--share", 0.01, "--lift", 0], ["--share", 0, "--lift", 0]),
+    "xattention": (["--mass", 0.3], ["--mass", 0.95], ["--mass", 1]),
+    "quoka": (["--kept-tokens", 16], ["--kept-tokens", 80], ["--kept-tokens", 100000]),
+    "random": (["--share", 0.1], ["--share", 0.6], ["--share", 1]),
+    "oracle": (["--budget", "top=0.1"], ["--budget", "top=0.6"], ["--budget", "mass=1"]),
+}
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_flags_of_a_selector_set_its_density(cli, demo_dir, prompt, tmp_path, selector):
+    out = tmp_path / "out.json"
+    shared = ["--max-tokens", 8, "--page", 16, "--chunk", 64, "--sink", 0, "--window", 0, "--min-context", 0, "--json", out]
+
+    def figures(*flags):
+        run(cli, "run", "-m", demo_dir, "-p", prompt, *shared, *flags)
+        return json.loads(out.read_text())
+
+    few, many, every = (figures("--selector", selector, *flags) for flags in SELECTORS[selector])
+    assert few["selector"] == selector
+    assert 0 < few["density"] < many["density"] < every["density"] == 1
+    assert every["answer"] == figures("--selector", "dense")["answer"]
+
+
+def test_random_draws_other_pages_with_another_seed(cli, demo_dir, prompt, tmp_path):
+    pictures = []
+    for seed in (1, 1, 2):
+        svg = tmp_path / "pages.svg"
+        run(cli, "run", "-m", demo_dir, "-p", prompt, "--max-tokens", 1, "--page", 16, "--chunk", 64, "--min-context", 0,
+            "--sink", 0, "--window", 0, "--selector", "random", "--share", 0.3, "--select-seed", seed, "--svg", svg)
+        pictures.append(svg.read_text())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_prompt_from_stdin_and_any_bytes(cli, demo_dir):
     run(cli, "run", "-m", demo_dir, "-p", "-", "--max-tokens", 2, stdin=b"caf\xe9 \xff\xfe \x00 \xf0\x9f\x98")
 
@@ -98,6 +133,20 @@ BAD_FLAGS = {
     "negative sink": (["--sink", -1], "0 tokens or more"),
     "cache too small": (["--kv-pages", 1], "--kv-pages"),
     "heads per unit": (["--heads-per-unit", 3], "divisor"),
+    "masks from nowhere": (["--selector", "external"], "SelectInput::external"),
+    "share of random": (["--selector", "random", "--share", 2], "random: share is 2; allowed: 0 to 1"),
+    "stride": (["--selector", "xattention", "--stride", 12], "stride is 12; allowed: a power of two"),
+    "stride past the block": (["--selector", "xattention", "--stride", 32, "--page", 16, "--min-context", 0, "--chunk", 64],
+                              "xattention: stride 32 and pages of 16 tokens"),
+    "mass": (["--selector", "xattention", "--mass", -1], "mass is -1"),
+    "picked queries": (["--selector", "quoka", "--picked-queries", 0], "picked_queries is 0"),
+    "kept tokens": (["--selector", "quoka", "--kept-tokens", 0], "kept_tokens is 0"),
+    "mass of cosines": (["--selector", "quoka", "--budget", "mass=0.5"], "any budget but a mass"),
+    "score temperature": (["--selector", "sub-mean", "--score-temperature", 0], "sub-mean: temperature is 0"),
+    "peak weight": (["--selector", "sub-mean", "--peak-weight", -1], "peak_weight is -1"),
+    "coherence": (["--selector", "sub-mean", "--min-coherence", -1], "min_coherence is -1"),
+    "probe stride": (["--selector", "sub-mean", "--probe-stride", -1], "probe_stride is -1"),
+    "probe mass": (["--selector", "sub-mean", "--probe-mass", 0], "probe_mass is 0"),
     "temperature": (["--temperature", -1], "temperature is -1"),
     "json into nowhere": (["--json", "/no/such/place.json"], "/no/such/place.json"),
 }
