@@ -50,7 +50,8 @@ class QuokaSelector final : public Selector {
     RowRule rule(budget_, thresholds_, static_cast<float>(options_.kept_tokens));
     if (budget_.kind == BudgetKind::kNative) {
       // Pages until kept_tokens: no threshold, and a limit.
-      const std::int32_t pages = (options_.kept_tokens + input.page_tokens - 1) / input.page_tokens;
+      const std::int32_t pages =
+          options_.kept_tokens / input.page_tokens + (options_.kept_tokens % input.page_tokens == 0 ? 0 : 1);
       const std::int32_t most = rule.limits.max_pages == 0 ? pages : std::min(pages, rule.limits.max_pages);
       rule.limits.max_pages = std::max(most, rule.limits.min_pages);
     }

@@ -12,8 +12,7 @@
 /// keeps all its pages and is counted.
 ///
 /// The softmax is over the means alone, although the row's own neighbourhood could be weighed exactly: a mean
-/// understates the mass of a page with one strong key, and next to exact local mass such pages vanish. Measured in
-/// docs/design/method.md 3.10.
+/// understates the mass of a page with one strong key, and next to exact local mass such pages would vanish.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,7 @@ SHAPES = [
 ]
 SINK_PAGES, WINDOW_PAGES = 1, 2  # read anyway
 XATTENTION = {"stride": 8, "mass": 0.7}
-QUOKA = {"picked_queries": 5, "kept_pages": 4}
+QUOKA = {"picked_queries": 5, "kept_pages": 4, "kept_tokens": 20}
 SUB_MEAN = {"share": 0.03, "lift": 1.5, "temperature": 1.5, "peak_weight": 0.125}
 RANDOM = {"seed": 11, "layer": 3, "share": 0.3}
 LEAST_MARGIN = 1e-3  # of every comparison, so that fp32 must agree
@@ -85,26 +85,55 @@ def xattention(shape, q, k):
     return rows, margin
 
 
+def unit(a):
+    return a / np.linalg.norm(a, axis=-1, keepdims=True)
+
+
+def picked_queries(q, count):
+    """Queries [count, D] that choose, from the rows [tokens, G, D] of a KV head; and how clear their order is."""
+    tokens, group, dim = q.shape
+    picked, margin = np.zeros((count, dim)), np.inf
+    for own in q.swapaxes(0, 1):
+        order = np.arange(tokens)
+        if tokens > count:
+            cosines = unit(own) @ unit(own.mean(axis=0))
+            order = np.argsort(cosines, kind="stable")
+            margin = min(margin, np.diff(np.sort(cosines)[: count + 1]).min())
+        picked += unit(own[order[:count]]) / group
+    return picked, margin * 1e6  # fp64 on both sides
+
+
+def quoka_scores(shape, q, k, kv_head, members, count, end):
+    """Scores of the tokens before `end`."""
+    group = shape[0] // shape[1]
+    picked, margin = picked_queries(q[members - shape[4], kv_head * group : (kv_head + 1) * group], count)
+    return (unit(k[:end, kv_head]) @ picked.T).max(axis=1), margin
+
+
 def quoka(shape, q, k):
     heads, kv_heads, dim, page, start, tokens = shape
-    group, past = heads // kv_heads, start // page
-    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
-    margin, rows = np.inf, []
+    past, margin, rows = start // page, np.inf, []
     for kv_head in range(kv_heads):
         for members in blocks_of(start, tokens, rows_within(128, page)):
             count = min(QUOKA["picked_queries"], len(members))
-            picked = np.zeros((count, dim))
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                own = q[members - start, head]
-                order = np.arange(len(members))
-                if len(members) > count:
-                    cosines = unit(own) @ unit(own.mean(axis=0))
-                    order = np.argsort(cosines, kind="stable")
-                    margin = min(margin, np.diff(np.sort(cosines)[: count + 1]).min() * 1e6)
-                picked += unit(own[order[:count]]) / group
-            scores = (unit(k[: past * page, kv_head]) @ picked.T).max(axis=1).reshape(past, page).max(axis=1)
-            kept, cut = best(scores, min(past, QUOKA["kept_pages"]))
-            margin = min(margin, cut)
+            scores, order_margin = quoka_scores(shape, q, k, kv_head, members, count, past * page)
+            kept, cut = best(scores.reshape(past, page).max(axis=1), min(past, QUOKA["kept_pages"]))
+            margin = min(margin, order_margin, cut)
+            rows.append(sorted(kept))
+    return rows, margin
+
+
+def quoka_tokens(shape, q, k, quarter):
+    """Token form: rows are [runs, KV heads]. quarter: the whole chunk is one run, and a quarter picks a quarter."""
+    heads, kv_heads, dim, page, start, tokens = shape
+    margin, rows = np.inf, []
+    for members in blocks_of(start, tokens, 10**9 if quarter else 128):
+        picks = max(1, len(members) // 4) if quarter else min(QUOKA["picked_queries"], len(members))
+        keeps = max(1, members[0] // 4) if quarter else QUOKA["kept_tokens"]
+        for kv_head in range(kv_heads):
+            scores, order_margin = quoka_scores(shape, q, k, kv_head, members, picks, members[0])
+            kept, cut = best(scores, keeps)
+            margin = min(margin, order_margin, cut * 100)
             rows.append(sorted(kept))
     return rows, margin
 
@@ -165,6 +194,26 @@ def inputs_of(shape, seed):
     return q, k
 
 
+def golden_of(name, rule, number):
+    """Lines of one entry, from the first seed whose decisions are all clear."""
+    shape, seed = SHAPES[number], 2000 + number
+    while True:
+        rows, margin = rule(shape, *inputs_of(shape, seed))
+        if margin > LEAST_MARGIN:
+            break
+        seed += 100
+    print(f"{name:11} {shape} seed {seed} kept {np.mean([len(row) for row in rows]):.1f} margin {margin:.1e}", flush=True)
+    lines = [f'    {{"{name}", {", ".join(map(str, shape))}, {seed},']
+    row = "     {"
+    for pages in rows:
+        item = "{" + ", ".join(map(str, pages)) + "}"
+        if len(row) + len(item) > 116:
+            lines.append(row.rstrip())
+            row = "      "
+        row += item + ", "
+    return [*lines, row.rstrip(", ") + "}},"]
+
+
 def main():
     lines = [
         "// Made by make_selector_goldens.py (NumPy, fp64). Do not edit.",
@@ -180,14 +229,14 @@ def main():
         "  std::string_view selector;",
         "  std::int32_t q_heads, kv_heads, head_dim, page_tokens, chunk_start, chunk_tokens;",
         "  std::uint32_t seed;",
-        "  std::vector<std::vector<std::int32_t>> rows;  // [mask heads x query blocks] pages",
+        "  std::vector<std::vector<std::int32_t>> rows;  // [mask heads x query blocks] pages; or [runs x KV heads] tokens",
         "};",
         "",
         f"inline constexpr std::int32_t kSinkPages = {SINK_PAGES}, kWindowPages = {WINDOW_PAGES};",
         f"inline constexpr std::int32_t kXAttentionStride = {XATTENTION['stride']};",
         f"inline constexpr float kXAttentionMass = {XATTENTION['mass']}F;",
         f"inline constexpr std::int32_t kQuokaPickedQueries = {QUOKA['picked_queries']}, "
-        f"kQuokaKeptPages = {QUOKA['kept_pages']};",
+        f"kQuokaKeptPages = {QUOKA['kept_pages']}, kQuokaKeptTokens = {QUOKA['kept_tokens']};",
         f"inline constexpr float kSubMeanShare = {SUB_MEAN['share']}F, kSubMeanLift = {SUB_MEAN['lift']}F, "
         f"kSubMeanTemperature = {SUB_MEAN['temperature']}F, kSubMeanPeakWeight = {SUB_MEAN['peak_weight']}F;",
         f"inline constexpr std::uint64_t kRandomSeed = {RANDOM['seed']};",
@@ -195,27 +244,14 @@ def main():
         f"inline constexpr float kRandomShare = {RANDOM['share']}F;",
         "",
         "// clang-format off",
-        "inline const std::vector<SelectorGolden> kSelectorGoldens = {",
     ]
-    for name, rule in [("xattention", xattention), ("quoka", quoka), ("sub-mean", sub_mean), ("random", random)]:
-        for number, shape in enumerate(SHAPES):
-            seed = 2000 + number
-            while True:
-                rows, margin = rule(shape, *inputs_of(shape, seed))
-                if margin > LEAST_MARGIN:
-                    break
-                seed += 100
-            lines.append(f'    {{"{name}", {", ".join(map(str, shape))}, {seed},')
-            row = "     {"
-            for pages in rows:
-                item = "{" + ", ".join(map(str, pages)) + "}"
-                if len(row) + len(item) > 116:
-                    lines.append(row.rstrip())
-                    row = "      "
-                row += item + ", "
-            lines.append(row.rstrip(", ") + "}},")
-            kept = sum(map(len, rows)) / (len(rows) * (shape[4] // shape[3]))
-            print(f"{name:11} {shape} seed {seed} kept {kept:.2f} margin {margin:.1e}", flush=True)
+    rules = [("xattention", xattention), ("quoka", quoka), ("sub-mean", sub_mean), ("random", random)]
+    lines.append("inline const std::vector<SelectorGolden> kSelectorGoldens = {")
+    lines += [line for name, rule in rules for number in range(len(SHAPES)) for line in golden_of(name, rule, number)]
+    lines += ["};", "", "inline const std::vector<SelectorGolden> kQuokaTokenGoldens = {"]
+    for number in range(len(SHAPES)):
+        lines += golden_of("quoka", lambda *step: quoka_tokens(*step, quarter=False), number)
+    lines += golden_of("quoka-25", lambda *step: quoka_tokens(*step, quarter=True), 0)
     lines += ["};", "// clang-format on", "", "}  // namespace compact::golden", ""]
     pathlib.Path(__file__).with_name("selector_goldens.h").write_text("\n".join(lines))
 

@@ -11,13 +11,13 @@ struct SelectorGolden {
   std::string_view selector;
   std::int32_t q_heads, kv_heads, head_dim, page_tokens, chunk_start, chunk_tokens;
   std::uint32_t seed;
-  std::vector<std::vector<std::int32_t>> rows;  // [mask heads x query blocks] pages
+  std::vector<std::vector<std::int32_t>> rows;  // [mask heads x query blocks] pages; or [runs x KV heads] tokens
 };
 
 inline constexpr std::int32_t kSinkPages = 1, kWindowPages = 2;
 inline constexpr std::int32_t kXAttentionStride = 8;
 inline constexpr float kXAttentionMass = 0.7F;
-inline constexpr std::int32_t kQuokaPickedQueries = 5, kQuokaKeptPages = 4;
+inline constexpr std::int32_t kQuokaPickedQueries = 5, kQuokaKeptPages = 4, kQuokaKeptTokens = 20;
 inline constexpr float kSubMeanShare = 0.03F, kSubMeanLift = 1.5F, kSubMeanTemperature = 1.5F, kSubMeanPeakWeight = 0.125F;
 inline constexpr std::uint64_t kRandomSeed = 11;
 inline constexpr std::int32_t kRandomLayer = 3;
@@ -75,6 +75,27 @@ inline const std::vector<SelectorGolden> kSelectorGoldens = {
      {{3, 5, 8}, {3, 5, 8}, {3, 5, 8}}},
     {"random", 2, 1, 16, 128, 1300, 140, 2003,
      {{3, 5, 8}, {3, 5, 8}}},
+};
+
+inline const std::vector<SelectorGolden> kQuokaTokenGoldens = {
+    {"quoka", 4, 2, 16, 16, 323, 75, 2000,
+     {{22, 33, 35, 43, 47, 64, 67, 79, 96, 97, 99, 101, 107, 110, 133, 165, 172, 173, 294, 298},
+      {19, 20, 22, 31, 119, 162, 171, 193, 199, 211, 214, 215, 221, 290, 300, 302, 306, 310, 313, 316},
+      {16, 19, 27, 35, 47, 64, 67, 77, 79, 101, 110, 133, 172, 173, 297, 298, 335, 338, 348, 351},
+      {12, 19, 22, 56, 119, 128, 160, 162, 171, 193, 199, 215, 221, 290, 300, 302, 306, 308, 310, 313}}},
+    {"quoka", 8, 1, 8, 32, 1000, 100, 2001,
+     {{0, 6, 15, 63, 166, 211, 245, 253, 265, 354, 366, 370, 376, 433, 461, 487, 674, 692, 695, 834},
+      {161, 212, 265, 276, 355, 370, 376, 380, 382, 453, 457, 461, 466, 510, 529, 531, 561, 674, 692, 814}}},
+    {"quoka", 7, 1, 8, 64, 700, 70, 2002,
+     {{21, 67, 95, 154, 187, 229, 343, 346, 349, 351, 354, 361, 523, 528, 529, 534, 538, 571, 573, 693},
+      {67, 95, 115, 123, 127, 154, 187, 204, 229, 343, 354, 383, 523, 529, 538, 573, 606, 712, 714, 754}}},
+    {"quoka", 2, 1, 16, 128, 1300, 140, 2003,
+     {{271, 642, 648, 663, 673, 687, 702, 704, 711, 720, 721, 730, 732, 749, 752, 757, 760, 1103, 1134, 1247},
+      {648, 649, 661, 672, 673, 687, 688, 690, 702, 704, 711, 718, 732, 734, 752, 757, 1103, 1193, 1213, 1247}}},
+    {"quoka-25", 4, 2, 16, 16, 323, 75, 2000,
+     {
+      {3, 16, 19, 22, 23, 24, 27, 33, 34, 35, 36, 38, 41, 43, 46, 47, 50, 55, 57, 61, 64, 67, 70, 72, 75, 76, 77, 78, 79, 82, 87, 96, 97, 99, 101, 102, 103, 105, 107, 109, 110, 116, 128, 133, 136, 139, 140, 141, 143, 156, 164, 165, 168, 169, 172, 173, 174, 175, 181, 183, 185, 187, 189, 191, 204, 205, 212, 216, 217, 218, 225, 258, 263, 265, 288, 294, 297, 298, 321, 322},
+      {0, 1, 2, 5, 7, 10, 11, 12, 13, 14, 19, 20, 21, 22, 24, 25, 27, 30, 31, 35, 56, 59, 63, 83, 119, 121, 124, 127, 128, 131, 135, 140, 160, 162, 165, 167, 168, 169, 171, 173, 174, 182, 183, 184, 189, 193, 199, 211, 214, 215, 220, 221, 222, 230, 232, 251, 261, 271, 275, 276, 278, 281, 283, 290, 297, 298, 300, 302, 304, 306, 307, 308, 309, 310, 311, 312, 313, 315, 316, 317}}},
 };
 // clang-format on
 

@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "compact/block_union.h"
 #include "compact/selector.h"
+#include "src/core/bit_words.h"
 #include "tests/kv_step.h"
 
 namespace compact {
@@ -239,6 +241,63 @@ TEST_P(BudgetedSelectors, FullBudgetsKeepEveryPage) {
         for (std::int32_t head = 0; head < mask.mask_heads; ++head) {
           ASSERT_EQ(pages_of_row(mask, head, i).size(), past) << "kind " << static_cast<int>(budget.kind);
         }
+      }
+    }
+  }
+}
+
+// I3: every selector's own way to keep all is dense attention: the same lists.
+TEST(KeepAll, EqualsTheDenseLists) {
+  const SelectorOptions everything[] = {
+      {.name = "dense"},
+      {.name = "mean-key", .mean_key = {.share = 0}},
+      {.name = "sub-mean", .sub_mean = {.share = 0, .lift = 0}},
+      {.name = "xattention", .xattention = {.mass = 1}},
+      {.name = "quoka", .quoka = {.kept_tokens = 1 << 20}},
+      {.name = "random", .random = {.share = 1}},
+      {.name = "external"},
+  };
+  ThreadPool pool(2);
+  for (const SelectorOptions& options : everything) {
+    const auto selector = make_selector(options).value();
+    for (std::uint64_t seed = 1; seed <= 10; ++seed) {
+      KvStepSpec spec = random_kv_step(seed);
+      SCOPED_TRACE(options.name + " seed " + std::to_string(seed) + " " + spec.describe());
+      spec.summaries = selector->needs().summaries;
+      const KvStep step(spec);
+      SelectInput input = step.select_input();
+      BlockMask all;  // what `external` is told
+      all.reset(spec.kv_heads, spec.page_tokens, input.chunks, make_query_blocks(input.chunks, 16));
+      for (std::int32_t i = 0; i < static_cast<std::int32_t>(all.blocks.size()); ++i) {
+        const auto chunk = static_cast<std::size_t>(all.blocks[static_cast<std::size_t>(i)].chunk);
+        for (std::int32_t head = 0; head < spec.kv_heads; ++head) {
+          set_bits(all.row(head, i), 0, input.chunks[chunk].num_past_pages(spec.page_tokens));
+        }
+      }
+      const ExternalMask external{
+          .heads = spec.kv_heads, .block_tokens = 16, .words = all.words, .words_per_row = all.words_per_row};
+      input.external = &external;
+      BlockMask mask;
+      const Status status = selector->select(input, mask, pool);
+      ASSERT_TRUE(status.ok()) << status.message();
+      const UnionInput union_input{.chunks = input.chunks,
+                                   .num_q_heads = spec.q_heads,
+                                   .num_kv_heads = spec.kv_heads,
+                                   .page_tokens = spec.page_tokens,
+                                   .num_physical_pages = input.kv.num_pages,
+                                   .forced = {0, 0}};
+      PageLists lists;
+      PageLists dense;
+      ASSERT_TRUE(build_page_lists(union_input, mask, lists, pool).ok());
+      ASSERT_TRUE(build_dense_lists(union_input, dense).ok());
+      ASSERT_EQ(lists.units.size(), dense.units.size());
+      for (std::size_t u = 0; u < lists.units.size(); ++u) {
+        const auto pages_of = [&](const PageLists& of) {
+          const AttentionUnit& unit = of.units[u];
+          const auto first = of.page_ids.begin() + unit.list_begin;
+          return std::vector(first, first + (unit.list_tokens + spec.page_tokens - 1) / spec.page_tokens);
+        };
+        EXPECT_EQ(pages_of(lists), pages_of(dense)) << "unit " << u;
       }
     }
   }

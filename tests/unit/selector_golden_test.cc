@@ -1,4 +1,4 @@
-// xattention, quoka, sub-mean and random against masks that an independent NumPy program made
+// xattention, quoka (pages and tokens), sub-mean and random against choices that an independent NumPy program made
 // (tests/golden/make_selector_goldens.py).
 #include <gtest/gtest.h>
 
@@ -6,6 +6,7 @@
 #include <ostream>
 
 #include "compact/paged_kv.h"
+#include "compact/quoka.h"
 #include "compact/selector.h"
 #include "tests/golden/selector_goldens.h"
 #include "tests/unit/lcg.h"
@@ -38,53 +39,73 @@ SelectorOptions options_of(const SelectorGolden& golden) {
   return options;
 }
 
+// The step of a golden, on a cache with the summaries that its selector wants.
+class GoldenStep {
+ public:
+  GoldenStep(const SelectorGolden& golden, const SummaryFields& summaries)
+      : golden_(golden),
+        context_(golden.chunk_start + golden.chunk_tokens),
+        cache_(PagedKvCache::create({.num_layers = 1,
+                                     .num_kv_heads = golden.kv_heads,
+                                     .head_dim = golden.head_dim,
+                                     .page_tokens = golden.page_tokens,
+                                     .num_pages = (context_ + golden.page_tokens - 1) / golden.page_tokens,
+                                     .summaries = summaries})
+                   .value()) {
+    const std::int32_t key_floats = golden.kv_heads * golden.head_dim;
+    Lcg lcg(golden.seed);
+    const std::vector<float> base = lcg.values(golden.q_heads * golden.head_dim);
+    q_ = lcg.values(golden.chunk_tokens * golden.q_heads * golden.head_dim);
+    for (std::size_t i = 0; i < q_.size(); ++i) q_[i] += 2 * base[i % base.size()];
+    const std::vector<float> topics = lcg.values(cache_.options().num_pages * key_floats);
+    std::vector<float> k = lcg.values(context_ * key_floats);
+    for (std::int32_t x = 0; x < context_; ++x) {
+      for (std::int32_t d = 0; d < key_floats; ++d) {
+        k[static_cast<std::size_t>(x * key_floats + d)] +=
+            topics[static_cast<std::size_t>(x / golden.page_tokens * key_floats + d)];
+      }
+    }
+    const RequestId request = cache_.add_request();
+    const auto rows = contiguous_rows<const float>(k.data(), context_, golden.kv_heads, golden.head_dim);
+    ThreadPool pool(1);
+    EXPECT_TRUE(cache_.extend(request, context_).ok());
+    EXPECT_TRUE(cache_.write(request, 0, 0, rows, rows, pool).ok());
+    chunk_ = {0, golden.chunk_tokens, golden.chunk_start, cache_.page_table(request).value().data()};
+  }
+  GoldenStep(const GoldenStep&) = delete;
+  GoldenStep& operator=(const GoldenStep&) = delete;
+
+  [[nodiscard]] SelectInput select_input() const {
+    SelectInput input;
+    input.chunks = std::span(&chunk_, 1);
+    input.q = contiguous_rows<const float>(q_.data(), golden_.chunk_tokens, golden_.q_heads, golden_.head_dim);
+    input.summaries = cache_.summaries(0);
+    input.page_tokens = golden_.page_tokens;
+    input.softmax_scale = 1.0F / std::sqrt(static_cast<float>(golden_.head_dim));
+    input.kv = cache_.layer(0);
+    input.layer = golden::kRandomLayer;
+    input.forced = {golden::kSinkPages * golden_.page_tokens, golden::kWindowPages * golden_.page_tokens};
+    return input;
+  }
+
+ private:
+  const SelectorGolden& golden_;
+  std::int32_t context_;
+  PagedKvCache cache_;
+  std::vector<float> q_;  // [C, Hq, D]
+  ChunkView chunk_;
+};
+
 class SelectorGoldens : public ::testing::TestWithParam<SelectorGolden> {};
 
 TEST_P(SelectorGoldens, MasksAreEqual) {
   const SelectorGolden& golden = GetParam();
-  const std::int32_t context = golden.chunk_start + golden.chunk_tokens;
-  const std::int32_t num_pages = (context + golden.page_tokens - 1) / golden.page_tokens;
-  const std::int32_t key_floats = golden.kv_heads * golden.head_dim;
-  Lcg lcg(golden.seed);
-  const std::vector<float> base = lcg.values(golden.q_heads * golden.head_dim);
-  std::vector<float> q = lcg.values(golden.chunk_tokens * golden.q_heads * golden.head_dim);
-  for (std::size_t i = 0; i < q.size(); ++i) q[i] += 2 * base[i % base.size()];
-  const std::vector<float> topics = lcg.values(num_pages * key_floats);
-  std::vector<float> k = lcg.values(context * key_floats);
-  for (std::int32_t x = 0; x < context; ++x) {
-    for (std::int32_t d = 0; d < key_floats; ++d) {
-      k[static_cast<std::size_t>(x * key_floats + d)] +=
-          topics[static_cast<std::size_t>(x / golden.page_tokens * key_floats + d)];
-    }
-  }
-
   const auto selector = make_selector(options_of(golden));
   ASSERT_TRUE(selector.ok()) << selector.status().message();
-  auto cache = PagedKvCache::create({.num_layers = 1,
-                                     .num_kv_heads = golden.kv_heads,
-                                     .head_dim = golden.head_dim,
-                                     .page_tokens = golden.page_tokens,
-                                     .num_pages = num_pages,
-                                     .summaries = selector.value()->needs().summaries});
-  ASSERT_TRUE(cache.ok()) << cache.status().message();
+  const GoldenStep step(golden, selector.value()->needs().summaries);
   ThreadPool pool(2);
-  const RequestId request = cache.value().add_request();
-  const auto rows = contiguous_rows<const float>(k.data(), context, golden.kv_heads, golden.head_dim);
-  ASSERT_TRUE(cache.value().extend(request, context).ok());
-  ASSERT_TRUE(cache.value().write(request, 0, 0, rows, rows, pool).ok());
-  const ChunkView chunk{0, golden.chunk_tokens, golden.chunk_start, cache.value().page_table(request).value().data()};
-
-  SelectInput input;
-  input.chunks = std::span(&chunk, 1);
-  input.q = contiguous_rows<const float>(q.data(), golden.chunk_tokens, golden.q_heads, golden.head_dim);
-  input.summaries = cache.value().summaries(0);
-  input.page_tokens = golden.page_tokens;
-  input.softmax_scale = 1.0F / std::sqrt(static_cast<float>(golden.head_dim));
-  input.kv = cache.value().layer(0);
-  input.layer = golden::kRandomLayer;
-  input.forced = {golden::kSinkPages * golden.page_tokens, golden::kWindowPages * golden.page_tokens};
   BlockMask mask;
-  const Status status = selector.value()->select(input, mask, pool);
+  const Status status = selector.value()->select(step.select_input(), mask, pool);
   ASSERT_TRUE(status.ok()) << status.message();
   const std::size_t num_blocks = mask.blocks.size();
   ASSERT_EQ(static_cast<std::size_t>(mask.mask_heads) * num_blocks, golden.rows.size());
@@ -97,6 +118,30 @@ TEST_P(SelectorGoldens, MasksAreEqual) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Selectors, SelectorGoldens, ::testing::ValuesIn(golden::kSelectorGoldens));
+
+class QuokaTokenGoldens : public ::testing::TestWithParam<SelectorGolden> {};
+
+TEST_P(QuokaTokenGoldens, TokensAreEqual) {
+  const SelectorGolden& golden = GetParam();
+  QuokaTokenOptions options = quoka_token_preset(golden.selector).value();
+  if (golden.selector == "quoka") {
+    options.picked_queries = golden::kQuokaPickedQueries;
+    options.kept_tokens = golden::kQuokaKeptTokens;
+  }
+  const GoldenStep step(golden, {.norm_k = true});
+  ThreadPool pool(2);
+  QuokaTokens selection;
+  const Status status = select_quoka_tokens(step.select_input(), options, selection, pool);
+  ASSERT_TRUE(status.ok()) << status.message();
+  const auto kv_heads = static_cast<std::size_t>(golden.kv_heads);
+  ASSERT_EQ(selection.runs.size() * kv_heads, golden.rows.size());
+  for (std::size_t row = 0; row < golden.rows.size(); ++row) {
+    const auto tokens = selection.of(selection.runs[row / kv_heads], static_cast<std::int32_t>(row % kv_heads));
+    EXPECT_EQ(std::vector<std::int32_t>(tokens.begin(), tokens.end()), golden.rows[row]) << "row " << row;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Presets, QuokaTokenGoldens, ::testing::ValuesIn(golden::kQuokaTokenGoldens));
 
 }  // namespace
 }  // namespace compact
