@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "compact/attention.h"
@@ -223,6 +224,24 @@ TEST(QuokaTokens, RunsAreAbsoluteAndOneThreadIsLikeMany) {
   }
   EXPECT_EQ(starts, (std::vector<std::int32_t>{70, 96, 128, 0, 33}));
   EXPECT_EQ(kept, (std::vector<std::int32_t>{24, 24, 24, 0, 24}));
+}
+
+TEST(QuokaTokens, TiesGoToTheEarlier) {
+  KvStep step(with_norms({.page_tokens = 16, .chunks = {{64, 32, 2}}}));
+  for (std::int32_t t = 0; t < 32; ++t) {
+    for (std::int32_t h = 0; h < 4; ++h) std::fill_n(step.query(0, t, h), 8, 0.0F);  // every score is 0
+  }
+  ThreadPool pool(1);
+  QuokaTokens selection;
+  ASSERT_TRUE(select_quoka_tokens(step.select_input(), kFewTokens, selection, pool).ok());
+  std::vector<std::int32_t> first(24);
+  std::iota(first.begin(), first.end(), 0);
+  const auto kept = selection.of(selection.runs[0], 0);
+  EXPECT_EQ(std::vector<std::int32_t>(kept.begin(), kept.end()), first);
+  BlockMask mask;
+  const auto selector = make_selector({.name = "quoka", .quoka = {.kept_tokens = 32}}).value();
+  ASSERT_TRUE(selector->select(step.select_input(), mask, pool).ok());
+  EXPECT_EQ(pages_of_row(mask, 0, 1), (std::vector<std::int32_t>{0, 1}));
 }
 
 TEST(QuokaTokens, NonFiniteRunsKeepAll) {

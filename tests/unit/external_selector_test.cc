@@ -80,6 +80,9 @@ TEST_F(ExternalSelector, PageListsMayRepeatAndComeInAnyOrder) {
   external_.physical = false;
   external_.pages = physical;
   EXPECT_THAT(select().message(), HasSubstr("row (head 0, query block 0) names logical page 3"));
+  const std::vector<std::int32_t> boundary_page = {1, 0, 1, 0, 2, 1};
+  external_.pages = boundary_page;
+  EXPECT_THAT(select().message(), HasSubstr("row (head 1, query block 1) names logical page 2"));
   const std::vector<std::int64_t> backwards = {0, 3, 2, 4, 6};
   external_.pages = pages;
   external_.row_begin = backwards;
