@@ -2,6 +2,7 @@
 // functions for host and device; no CUDA types. The design and the numbers behind it: docs/design/cuda-backend.md.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "compact/attention_unit.h"
@@ -72,12 +73,34 @@ CA_HOST_DEVICE inline WorkItem whole_m_tile(const Schedule& s, const AttentionUn
   return item;
 }
 
-// Pieces longer than this are cut: half of a worker's share, with a margin of 10 % so that tiles a little longer than
-// the others stay whole.
-CA_HOST_DEVICE constexpr std::int32_t cap_tiles(std::int64_t total_tiles, std::int32_t num_workers) {
-  const std::int64_t divisor = std::int64_t{20} * num_workers;
-  const std::int64_t cap = (11 * total_tiles + divisor - 1) / divisor;
+// What an item costs beside its tiles, in KV tiles: start and epilogue; a cut one also writes fp32 partials. And the
+// combine kernel, once. Start values from one H200: docs/design/sm90-kernel.md.
+constexpr std::int32_t kWholeItemTiles = 2;
+constexpr std::int32_t kCutItemTiles = 5;
+constexpr std::int32_t kCombineTiles = 4;
+constexpr std::int32_t kMostWavesCut = 4;  // from this many M-tiles per worker on, only outliers are cut
+
+// Pieces longer than this are cut. With few M-tiles per worker the last wave decides: 176 equal M-tiles on 132 workers
+// take two rounds, cut in three they take four rounds of a third each. So pieces are chosen for 1 to 4 full waves,
+// whichever is cheapest if all M-tiles had the mean length; a margin of 10 % keeps tiles a little longer in as many
+// pieces. With many M-tiles per worker: half of a worker's share, with the same margin.
+CA_HOST_DEVICE constexpr std::int32_t cap_tiles(std::int64_t total_tiles, std::int32_t m_tiles,
+                                                std::int32_t num_workers) {
   constexpr std::int64_t kMaxCap = 0x7fffffff;  // no list is that long
+  std::int64_t share = 11 * total_tiles, divisor = std::int64_t{20} * num_workers;
+  if (m_tiles > 0 && m_tiles < kMostWavesCut * num_workers) {
+    const std::int64_t mean = (total_tiles + m_tiles - 1) / m_tiles;
+    std::int64_t best_cost = 0, best_pieces = 0;
+    for (std::int32_t waves = ceil_div(m_tiles, num_workers); waves <= kMostWavesCut; ++waves) {
+      const std::int64_t pieces = std::int64_t{waves} * num_workers / m_tiles;
+      const std::int64_t overhead = pieces > 1 ? kCutItemTiles : kWholeItemTiles;
+      const std::int64_t cost = waves * (mean + overhead * pieces) / pieces + (pieces > 1 ? kCombineTiles : 0);
+      if (best_pieces == 0 || cost < best_cost) best_cost = cost, best_pieces = pieces;
+    }
+    share = 11 * mean;
+    divisor = 10 * best_pieces;
+  }
+  const std::int64_t cap = (share + divisor - 1) / divisor;
   if (cap <= kMinCapTiles) return kMinCapTiles;
   return static_cast<std::int32_t>(cap < kMaxCap ? cap : kMaxCap);
 }
@@ -96,19 +119,26 @@ CA_HOST_DEVICE constexpr std::int32_t piece_begin(const Schedule& s, std::int32_
   return p * (n / pieces) + min_i32(p, n % pieces);
 }
 
+CA_HOST_DEVICE inline std::int32_t floor_log2(std::int32_t positive) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(positive);
+#else
+  return 31 - std::countl_zero(static_cast<std::uint32_t>(positive));
+#endif
+}
+
 // Order of dispatch is by descending class, eight classes per octave. The pieces of an M-tile go by their mean length.
-CA_HOST_DEVICE constexpr std::int32_t length_class(std::int32_t n, std::int32_t pieces) {
-  const std::int32_t length = ceil_div(n, pieces);
+CA_HOST_DEVICE inline std::int32_t length_class(std::int32_t n, std::int32_t pieces) {
+  const std::int32_t length = pieces == 1 ? n : ceil_div(n, pieces);
   if (length <= 0) return 0;
-  std::int32_t octave = 0;
-  while (length >> (octave + 1) != 0) ++octave;
+  const std::int32_t octave = floor_log2(length);
   const std::int32_t eighth = static_cast<std::int32_t>((std::int64_t{length} << 3) >> octave) & 7;
   return min_i32(8 * octave + eighth, kNumLengthClasses - 1);
 }
 
 // Most partial slots that cutting by load can give: a cut tile has more than 1.25 caps and ceil(x) / x < 1.6 there, so
-// the pieces number less than 1.6 * total / cap <= 2.91 * num_workers.
-constexpr std::int64_t max_load_slots(std::int32_t num_workers) { return std::int64_t{4} * num_workers; }
+// the pieces number less than 1.6 * total / cap, which is at most 1.46 * kMostWavesCut * num_workers.
+constexpr std::int64_t max_load_slots(std::int32_t num_workers) { return std::int64_t{6} * num_workers; }
 
 CA_HOST_DEVICE constexpr std::int32_t tile_count(const WorkItem& item) { return item.tile_end - item.tile_begin; }
 

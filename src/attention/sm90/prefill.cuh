@@ -59,7 +59,7 @@ __device__ __forceinline__ void sm90_init_barriers(Sm90SharedPlan<kTile>& shared
   ptx::mbarrier_init(&shared.q_full, 1);
   ptx::mbarrier_init(&shared.q_empty, kTile.consumer_warps());
   for (int slot = 0; slot < kSm90MailSlots; ++slot) {
-    ptx::mbarrier_init(&shared.mail_full[slot], 1);
+    ptx::mbarrier_init(&shared.mail_full[slot], 32);
     ptx::mbarrier_init(&shared.mail_empty[slot], kTile.consumer_warps());
   }
   ptx::fence_mbarrier_init();
@@ -99,8 +99,7 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
     const WorkItem& item = shared.mailbox[mail.stage];
     ptx::mbarrier_wait(&shared.mail_empty[mail.stage], mail.parity ^ 1);
     if (lane < kItemWords) reinterpret_cast<int*>(&shared.mailbox[mail.stage])[lane] = word;
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);
+    ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);  // every lane for its own word
     mail = mail.next();
     if (stop) break;
     if (lane == 0) item_idx = atomicAdd(params.work_counter, 1);  // on its way while this item is loaded
