@@ -19,6 +19,31 @@ struct PrepareShared {
 };
 static_assert(sizeof(PrepareShared) <= 48 * 1024, "static shared memory");
 
+__device__ std::int64_t inclusive_in_warp(std::int64_t value, std::int32_t lane) {
+#pragma unroll
+  for (std::int32_t step = 1; step < 32; step *= 2) {
+    const std::int64_t other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+struct CtaSums {
+  std::int64_t before;  // over the threads before this one
+  std::int64_t total;
+};
+
+__device__ __noinline__ CtaSums cta_sums(std::int64_t (&warp_sum)[kWarps], std::int64_t mine) {
+  const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32;
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
+  const std::int64_t inclusive = inclusive_in_warp(mine, lane);
+  if (lane == 31) warp_sum[warp] = inclusive;
+  __syncthreads();
+  const std::int64_t up_to = inclusive_in_warp(lane < kWarps ? warp_sum[lane] : 0, lane);
+  const std::int64_t own = __shfl_sync(0xffffffffu, inclusive, 31);
+  return {__shfl_sync(0xffffffffu, up_to, warp) - own + inclusive - mine, __shfl_sync(0xffffffffu, up_to, kWarps - 1)};
+}
+
 // The parallel parts of prepare.h for one CTA.
 class CtaBlock {
  public:
@@ -31,6 +56,7 @@ class CtaBlock {
 
   template <class F>
   __device__ void for_each(std::int32_t n, F f) {
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < n; i += kThreads) f(i);
     __syncthreads();
   }
@@ -38,6 +64,7 @@ class CtaBlock {
   template <class F>
   __device__ std::int64_t sum(std::int32_t n, F f) {
     std::int64_t mine = 0;
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < n; i += kThreads) mine += f(i);
     std::int64_t total;
     exclusive(mine, total);
@@ -50,9 +77,11 @@ class CtaBlock {
     const std::int32_t begin = min_i32(n, index() * per_thread);
     const std::int32_t end = min_i32(n, begin + per_thread);
     std::int64_t mine = 0;
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = begin; i < end; ++i) mine += a[i] = f(i);
     std::int64_t total;
     std::int64_t before = exclusive(mine, total);
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = begin; i < end; ++i) {
       const std::int32_t value = a[i];
       a[i] = static_cast<std::int32_t>(before);
@@ -65,6 +94,7 @@ class CtaBlock {
   // Counting sort. Each warp owns a contiguous run of elements, so (class, warp, place in the run) is a stable order.
   template <class Key, class Emit>
   __device__ std::int32_t stable_sort(std::int32_t n, Key key, Emit emit) {
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < kNumLengthClasses * kWarps; i += kThreads) shared_.class_count[i] = 0;
     __syncthreads();
     walk_run(n, key, [](std::int32_t, std::int32_t) {});
@@ -86,6 +116,7 @@ class CtaBlock {
     const std::int32_t run = ceil_div(ceil_div(n, kWarps), 32) * 32;
     const std::int64_t begin = std::int64_t{warp} * run;
     const std::int64_t end = begin + run < n ? begin + run : n;
+    CA_DEVICE_NO_UNROLL
     for (std::int64_t base = begin; base < end; base += 32) {
       const auto i = static_cast<std::int32_t>(base + lane);
       const std::int32_t k = base + lane < end ? key(i) : -1;
@@ -99,30 +130,13 @@ class CtaBlock {
     }
   }
 
-  __device__ static std::int64_t inclusive_in_warp(std::int64_t value, std::int32_t lane) {
-#pragma unroll
-    for (std::int32_t step = 1; step < 32; step *= 2) {
-      const std::int64_t other = __shfl_up_sync(0xffffffffu, value, step);
-      if (lane >= step) value += other;
-    }
-    return value;
-  }
-
   // Sum over the threads before this one; `total` over all. Ends with a barrier between what the caller wrote before
   // and what it reads after.
   __device__ std::int64_t exclusive(std::int64_t mine, std::int64_t& total) {
-    const std::int32_t warp = index() / 32;
-    const std::int32_t lane = index() % 32;
-    const std::int64_t inclusive = inclusive_in_warp(mine, lane);
-    std::int64_t* warp_sum = shared_.warp_sum[turn_];
+    const CtaSums sums = cta_sums(shared_.warp_sum[turn_], mine);
     turn_ ^= 1;
-    if (lane == 31) warp_sum[warp] = inclusive;
-    __syncthreads();
-    const std::int64_t up_to = inclusive_in_warp(lane < kWarps ? warp_sum[lane] : 0, lane);
-    total = __shfl_sync(0xffffffffu, up_to, kWarps - 1);
-    const std::int64_t up_to_this = __shfl_sync(0xffffffffu, up_to, warp);
-    const std::int64_t own = __shfl_sync(0xffffffffu, inclusive, 31);
-    return up_to_this - own + inclusive - mine;
+    total = sums.total;
+    return sums.before;
   }
 
   PrepareShared& shared_;

@@ -54,8 +54,9 @@ struct PrepareArgs {
 };
 
 // The unit that owns index i, given the first index of each; units without any index are skipped.
-CA_HOST_DEVICE inline std::int32_t find_owner(const std::int32_t* begin, std::int32_t count, std::int32_t i) {
+CA_HOST_DEVICE_CALL inline std::int32_t find_owner(const std::int32_t* begin, std::int32_t count, std::int32_t i) {
   std::int32_t low = 0, high = count;  // the last u with begin[u] <= i lies in [low, high)
+  CA_DEVICE_NO_UNROLL
   while (high - low > 1) {
     const std::int32_t middle = low + (high - low) / 2;
     if (begin[middle] <= i) {
@@ -121,7 +122,7 @@ CA_HOST_DEVICE void prepare_work(Block& block, const PrepareArgs& args) {
   const auto cut_step = [&](std::int32_t step) {
     const std::int32_t u = find_owner(args.step_begin, num_units, step);
     const std::int32_t m_tiles = m_tiles_of(u), in_unit = step - args.step_begin[u];
-    const std::int32_t piece = in_unit / m_tiles;
+    const std::int32_t piece = divide(in_unit, m_tiles);
     return Step{u, args.m_begin[u] + in_unit - piece * m_tiles, piece};
   };
   const auto key = [&](std::int32_t step) {

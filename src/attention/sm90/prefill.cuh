@@ -100,6 +100,7 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
     ptx::mbarrier_wait(&shared.mail_empty[mail.stage], mail.parity ^ 1);
     if (lane < kItemWords) reinterpret_cast<int*>(&shared.mailbox[mail.stage])[lane] = word;
     ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);  // every lane for its own word
+    __syncwarp();                                         // this warp reads the item too
     mail = mail.next();
     if (stop) break;
     if (lane == 0) item_idx = atomicAdd(params.work_counter, 1);  // on its way while this item is loaded
