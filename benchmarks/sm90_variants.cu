@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(TileType::kTile.threads(), 1)
   ptx::griddep_wait();
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_decrease<kTile.producer_registers()>();
-    if (threadIdx.x < 32) sm90_produce<kTile>(arguments, shared);
+    sm90_produce<kTile>(arguments, shared);
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
     consume_without_softmax<kTile, kProbe>(shared, arguments.params.output.lse);
@@ -137,7 +137,7 @@ CA_TILE(N176, Sm90Tile{128, 128, 176, 2, true, true, false});
 CA_TILE(N160, Sm90Tile{128, 128, 160, 2, true, true, false});
 CA_TILE(M192, Sm90Tile{128, 192, 128, 2, false, false, false});
 CA_TILE(D64, kSm90TileD64);
-CA_TILE(D64NoTurns, Sm90Tile{64, 192, 128, 4, true, false, false});
+CA_TILE(D64Turns, Sm90Tile{64, 192, 128, 4, true, true, false});
 CA_TILE(D64M128, Sm90Tile{64, 128, 128, 4, true, true, false});
 CA_TILE(D64N192, Sm90Tile{64, 128, 192, 4, true, true, false});
 CA_TILE(D256, kSm90TileD256);
@@ -166,8 +166,8 @@ std::vector<Variant> sm90_tile_variants() {
           tile_variant<N176>("128x176 overlap turns"),
           tile_variant<N160>("128x160 overlap turns"),
           tile_variant<M192>("192x128 plain"),
-          tile_variant<D64>("D64 192x128 overlap turns"),
-          tile_variant<D64NoTurns>("D64 192x128 overlap"),
+          tile_variant<D64>("D64 192x128 overlap"),
+          tile_variant<D64Turns>("D64 192x128 overlap turns"),
           tile_variant<D64M128>("D64 128x128 overlap turns"),
           tile_variant<D64N192>("D64 128x192 overlap turns"),
           tile_variant<D256>("D256 128x64 overlap"),

@@ -26,10 +26,11 @@ class HostBlock {
     for (std::int32_t i = 0; i < n; ++i) total += f(i);
     return total;
   }
-  std::int64_t scan(std::int32_t* a, std::int32_t n) {
+  template <class F>
+  std::int64_t scan(std::int32_t* a, std::int32_t n, F f) {
     std::int64_t total = 0;
     for (std::int32_t i = 0; i < n; ++i) {
-      const std::int32_t value = a[i];
+      const std::int32_t value = f(i);
       a[i] = static_cast<std::int32_t>(total);
       total += value;
     }
@@ -65,7 +66,8 @@ inline HostPlan host_plan(const Schedule& schedule, const std::vector<AttentionU
   const auto room = [](std::int32_t n) { return static_cast<std::size_t>(n); };
   plan.items.resize(room(max_m_tiles + max_slots));
   plan.slots.resize(room(max_slots));
-  std::vector<std::int32_t> m_begin(units.size() + 1), step_begin(units.size() + 1), slot_begin(room(max_m_tiles) + 1);
+  std::vector<std::int32_t> m_begin(units.size() + 1), step_begin(units.size() + 1), slot_begin(room(max_m_tiles)),
+      tiles(room(max_m_tiles));
   const PrepareArgs args{.schedule = schedule,
                          .units = units.data(),
                          .max_units = static_cast<std::int32_t>(units.size()),
@@ -77,6 +79,7 @@ inline HostPlan host_plan(const Schedule& schedule, const std::vector<AttentionU
                          .m_begin = m_begin.data(),
                          .step_begin = step_begin.data(),
                          .slot_begin = slot_begin.data(),
+                         .tiles = tiles.data(),
                          .error = &plan.error,
                          .checked = found_by_check != 0};
   HostBlock block;

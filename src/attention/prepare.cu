@@ -7,7 +7,7 @@
 namespace compact {
 namespace {
 
-constexpr std::int32_t kThreads = 1024;
+constexpr std::int32_t kThreads = 512;  // more make every barrier dearer than they save
 constexpr std::int32_t kWarps = kThreads / 32;
 constexpr std::int32_t kUnitsInShared = 2048;  // binary searches over units stay out of L2 up to here
 
@@ -15,9 +15,34 @@ struct PrepareShared {
   std::int32_t class_count[kNumLengthClasses * kWarps];  // [class][warp]
   std::int32_t m_begin[kUnitsInShared + 1];
   std::int32_t step_begin[kUnitsInShared + 1];
-  std::int64_t warp_sum[kWarps];
+  std::int64_t warp_sum[2][kWarps];  // in turn, so that a sum needs one barrier
 };
 static_assert(sizeof(PrepareShared) <= 48 * 1024, "static shared memory");
+
+__device__ std::int64_t inclusive_in_warp(std::int64_t value, std::int32_t lane) {
+#pragma unroll
+  for (std::int32_t step = 1; step < 32; step *= 2) {
+    const std::int64_t other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+struct CtaSums {
+  std::int64_t before;  // over the threads before this one
+  std::int64_t total;
+};
+
+__device__ __noinline__ CtaSums cta_sums(std::int64_t (&warp_sum)[kWarps], std::int64_t mine) {
+  const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32;
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
+  const std::int64_t inclusive = inclusive_in_warp(mine, lane);
+  if (lane == 31) warp_sum[warp] = inclusive;
+  __syncthreads();
+  const std::int64_t up_to = inclusive_in_warp(lane < kWarps ? warp_sum[lane] : 0, lane);
+  const std::int64_t own = __shfl_sync(0xffffffffu, inclusive, 31);
+  return {__shfl_sync(0xffffffffu, up_to, warp) - own + inclusive - mine, __shfl_sync(0xffffffffu, up_to, kWarps - 1)};
+}
 
 // The parallel parts of prepare.h for one CTA.
 class CtaBlock {
@@ -31,6 +56,7 @@ class CtaBlock {
 
   template <class F>
   __device__ void for_each(std::int32_t n, F f) {
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < n; i += kThreads) f(i);
     __syncthreads();
   }
@@ -38,20 +64,24 @@ class CtaBlock {
   template <class F>
   __device__ std::int64_t sum(std::int32_t n, F f) {
     std::int64_t mine = 0;
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < n; i += kThreads) mine += f(i);
     std::int64_t total;
     exclusive(mine, total);
     return total;
   }
 
-  __device__ std::int64_t scan(std::int32_t* a, std::int32_t n) {
+  template <class F>
+  __device__ std::int64_t scan(std::int32_t* a, std::int32_t n, F f) {
     const std::int32_t per_thread = ceil_div(n, kThreads);
     const std::int32_t begin = min_i32(n, index() * per_thread);
     const std::int32_t end = min_i32(n, begin + per_thread);
     std::int64_t mine = 0;
-    for (std::int32_t i = begin; i < end; ++i) mine += a[i];
+    CA_DEVICE_NO_UNROLL
+    for (std::int32_t i = begin; i < end; ++i) mine += a[i] = f(i);
     std::int64_t total;
     std::int64_t before = exclusive(mine, total);
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = begin; i < end; ++i) {
       const std::int32_t value = a[i];
       a[i] = static_cast<std::int32_t>(before);
@@ -64,11 +94,13 @@ class CtaBlock {
   // Counting sort. Each warp owns a contiguous run of elements, so (class, warp, place in the run) is a stable order.
   template <class Key, class Emit>
   __device__ std::int32_t stable_sort(std::int32_t n, Key key, Emit emit) {
+    CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < kNumLengthClasses * kWarps; i += kThreads) shared_.class_count[i] = 0;
     __syncthreads();
     walk_run(n, key, [](std::int32_t, std::int32_t) {});
     __syncthreads();
-    const auto total = static_cast<std::int32_t>(scan(shared_.class_count, kNumLengthClasses * kWarps));
+    const auto total = static_cast<std::int32_t>(
+        scan(shared_.class_count, kNumLengthClasses * kWarps, [&](std::int32_t i) { return shared_.class_count[i]; }));
     walk_run(n, key, emit);
     __syncthreads();
     return total;
@@ -84,6 +116,7 @@ class CtaBlock {
     const std::int32_t run = ceil_div(ceil_div(n, kWarps), 32) * 32;
     const std::int64_t begin = std::int64_t{warp} * run;
     const std::int64_t end = begin + run < n ? begin + run : n;
+    CA_DEVICE_NO_UNROLL
     for (std::int64_t base = begin; base < end; base += 32) {
       const auto i = static_cast<std::int32_t>(base + lane);
       const std::int32_t k = base + lane < end ? key(i) : -1;
@@ -97,28 +130,17 @@ class CtaBlock {
     }
   }
 
-  // Sum over the threads before this one; `total` over all.
+  // Sum over the threads before this one; `total` over all. Ends with a barrier between what the caller wrote before
+  // and what it reads after.
   __device__ std::int64_t exclusive(std::int64_t mine, std::int64_t& total) {
-    const std::int32_t warp = index() / 32;
-    const std::int32_t lane = index() % 32;
-    std::int64_t inclusive = mine;
-    for (std::int32_t step = 1; step < 32; step *= 2) {
-      const std::int64_t other = __shfl_up_sync(0xffffffffu, inclusive, step);
-      if (lane >= step) inclusive += other;
-    }
-    if (lane == 31) shared_.warp_sum[warp] = inclusive;
-    __syncthreads();
-    std::int64_t before = 0;
-    total = 0;
-    for (std::int32_t w = 0; w < kWarps; ++w) {
-      if (w == warp) before = total;
-      total += shared_.warp_sum[w];
-    }
-    __syncthreads();
-    return before + inclusive - mine;
+    const CtaSums sums = cta_sums(shared_.warp_sum[turn_], mine);
+    turn_ ^= 1;
+    total = sums.total;
+    return sums.before;
   }
 
   PrepareShared& shared_;
+  std::int32_t turn_ = 0;
 };
 
 __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(PrepareArgs args) {

@@ -22,6 +22,13 @@ __device__ __forceinline__ void setmaxnreg_decrease() {
 #endif
 }
 
+// Of this thread in its warp; read anew every time, which keeps it out of registers in between.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // `threads` counts those that wait and those that only arrive.
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -12,6 +12,7 @@
 #include "src/attention/cpu/bf16_product.h"
 #include "src/attention/cpu/cpu_attention.h"
 #include "tests/cross_backend/attention_cases.h"
+#include "tests/fewer_when_sanitized.h"
 
 namespace compact {
 namespace {
@@ -129,7 +130,7 @@ TEST(AttentionCpu, NamesItsTargets) {
 }
 
 TEST(AttentionReference, EqualsSetsOfVisibleTokens) {
-  for (std::uint32_t seed = 0; seed < 120; ++seed) {
+  for (std::uint32_t seed = 0; seed < testing::fewer_when_sanitized(120); ++seed) {
     Problem problem(random_shape(seed));
     SCOPED_TRACE(problem.shape.text());
     std::vector<float> o, lse;
@@ -164,7 +165,7 @@ void expect_cpu_matches_reference(Problem& problem, ThreadPool& pool) {
 
 TEST(AttentionCpu, EqualsReferenceOnGeneratedShapes) {
   ThreadPool pool(2);
-  for (std::uint32_t seed = 1000; seed < 1300; ++seed) {
+  for (std::uint32_t seed = 1000; seed < 1000 + testing::fewer_when_sanitized(300); ++seed) {
     Problem problem(random_shape(seed));
     SCOPED_TRACE(problem.shape.text());
     expect_cpu_matches_reference(problem, pool);
@@ -213,7 +214,7 @@ void expect_bf16_matches_reference(Problem& problem, ThreadPool& pool, bool all_
 
 TEST(AttentionBf16, EqualsReferenceOnGeneratedShapes) {
   ThreadPool pool(2);
-  for (std::uint32_t seed = 8000; seed < 8080; ++seed) {
+  for (std::uint32_t seed = 8000; seed < 8000 + testing::fewer_when_sanitized(80); ++seed) {
     Shape shape = random_shape(seed);
     shape.dtype = DType::kBF16;
     if (seed % 8 == 0) {  // several blocks of keys and tiles of rows
@@ -293,7 +294,7 @@ TEST(AttentionBf16, RoundsQueriesToNearest) {
 
 TEST(AttentionBf16, SameBitsForAnyNumberOfThreadsAndSpans) {
   ThreadPool one(1), three(3);
-  for (std::uint32_t seed = 8200; seed < 8220; ++seed) {
+  for (std::uint32_t seed = 8200; seed < 8200 + testing::fewer_when_sanitized(20); ++seed) {
     Shape shape = random_shape(seed);
     shape.dtype = DType::kBF16;
     shape.starts = {100};
@@ -457,7 +458,7 @@ TEST(AttentionCpu, EmptyList) {
 
 TEST(AttentionCpu, SameBitsForAnyNumberOfThreads) {
   ThreadPool one(1), two(2), three(3);
-  for (std::uint32_t seed = 2000; seed < 2030; ++seed) {
+  for (std::uint32_t seed = 2000; seed < 2000 + testing::fewer_when_sanitized(30); ++seed) {
     Problem problem(random_shape(seed));
     SCOPED_TRACE(problem.shape.text());
     run_cpu(problem, one);
@@ -476,7 +477,7 @@ TEST(AttentionCpu, SameBitsForAnyNumberOfThreads) {
 TEST(AttentionCpu, SameBitsAloneAndInABatch) {
   ThreadPool pool(2);
   std::int32_t cut = 0;
-  for (std::uint32_t seed = 3000; seed < 3040; ++seed) {
+  for (std::uint32_t seed = 3000; seed < 3000 + testing::fewer_when_sanitized(40); ++seed) {
     Shape shape = random_shape(seed);
     for (std::int32_t& chunk : shape.chunks) chunk = chunk < 40 ? chunk : 40 + chunk % 30;
     Problem problem(shape);
@@ -512,7 +513,7 @@ TEST(AttentionCpu, SameBitsAloneAndInABatch) {
 TEST(MeanCorrection, OfPagesWithEqualKeysGivesDense) {
   ThreadPool pool(2);
   std::int64_t dropped = 0;
-  for (std::uint32_t seed = 5000; seed < 5040; ++seed) {
+  for (std::uint32_t seed = 5000; seed < 5000 + testing::fewer_when_sanitized(40); ++seed) {
     Shape shape = random_shape(seed);
     shape.same_keys = true;
     shape.correction = true;
@@ -542,7 +543,7 @@ TEST(MeanCorrection, OfPagesWithEqualKeysGivesDense) {
 TEST(SkipSoftmax, LosesAtMostLambdaPerKey) {
   ThreadPool pool(2);
   std::int64_t skipped_by_reference = 0;
-  for (std::uint32_t seed = 6000; seed < 6060; ++seed) {
+  for (std::uint32_t seed = 6000; seed < 6000 + testing::fewer_when_sanitized(60); ++seed) {
     Shape shape = random_shape(seed);
     shape.q_factor = 80;  // peaked
     Problem problem(shape);
@@ -620,7 +621,7 @@ TEST(SkipSoftmax, SkipsWhatTheOrderOfTheListAllows) {
 // I15: attention over two parts of the lists, merged, is attention over the lists.
 TEST(MergePartials, EqualsOnePass) {
   ThreadPool pool(2);
-  for (std::uint32_t seed = 7000; seed < 7060; ++seed) {
+  for (std::uint32_t seed = 7000; seed < 7000 + testing::fewer_when_sanitized(60); ++seed) {
     Problem problem(random_shape(seed));
     SCOPED_TRACE(problem.shape.text());
     run_cpu(problem, pool);

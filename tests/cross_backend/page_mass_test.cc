@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "tests/cross_backend/targets.h"
+#include "tests/fewer_when_sanitized.h"
 #include "tests/kv_step.h"
 #include "tests/mass_reference.h"
 
@@ -53,7 +54,7 @@ void expect_masses(const PageMassInput& input, const std::vector<PageMass>& resu
 
 TEST(PageMass, EqualsTheReferenceOnEveryInstructionSet) {
   ThreadPool pool(2);
-  for (std::uint64_t seed = 1; seed <= 40; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(40); ++seed) {
     const KvStep step(random_kv_step(seed));
     PageMassInput input = step.mass_input(seed % 3 == 0 ? 32 : 128);
     input.aggregate = seed % 4 == 0 ? MassAggregate::kMax : MassAggregate::kMean;

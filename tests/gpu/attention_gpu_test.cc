@@ -324,6 +324,7 @@ TEST(AttentionGpuPlan, EqualsTheHostPlan) {
                            .m_begin = reinterpret_cast<std::int32_t*>(at(w.m_begin)),
                            .step_begin = reinterpret_cast<std::int32_t*>(at(w.step_begin)),
                            .slot_begin = reinterpret_cast<std::int32_t*>(at(w.slot_begin)),
+                           .tiles = reinterpret_cast<std::int32_t*>(at(w.tiles)),
                            .error = error.as<std::int32_t>()};
     CA_TEST_CUDA(launch_prepare(args, false, nullptr));
     CA_TEST_CUDA(cudaDeviceSynchronize());
@@ -487,7 +488,7 @@ TEST_P(AttentionGpu, LongListsAreCut) {
     expect_close(device, whole);
     for (std::size_t i = 0; i < cut.lse.size(); ++i) {
       if (!std::isnan(whole.lse[i])) {
-        ASSERT_NEAR(cut.lse[i], whole.lse[i], 1e-5 * 4) << i;
+        ASSERT_NEAR(cut.lse[i], whole.lse[i], 1e-4) << i;  // sums of 32,000 weights in fp32
       }
     }
   }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "compact/paged_kv.h"
+#include "tests/fewer_when_sanitized.h"
 #include "tests/kv_testing.h"
 
 namespace compact {
@@ -528,7 +529,7 @@ class Model {
 };
 
 TEST(PagedKvModel, RandomCallsAgreeWithANaiveModel) {
-  for (std::uint64_t seed = 1; seed <= 60; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(60); ++seed) {
     Random random(seed * 7919);
     PagedKvOptions options{.num_layers = random.integer(1, 3), .num_kv_heads = random.integer(1, 2), .head_dim = 3};
     options.page_tokens = random.integer(0, 3) == 0 ? 64 : 16;

@@ -131,8 +131,8 @@ TEST(UnionProperty, TenThousandStepsEqualTheNaiveForm) {
           << "seed " << seed;
       if (c.input.options.mode != UnionMode::kAdaptive) continue;
       const std::int32_t leaf = 128 / (lists.heads_per_unit & -lists.heads_per_unit);
-      ++merged[static_cast<std::size_t>(
-          std::bit_width(static_cast<std::uint32_t>(lists.units[u].q_len - 1) / static_cast<std::uint32_t>(leaf)))];
+      const auto further_leaves = static_cast<std::uint32_t>((lists.units[u].q_len - 1) / leaf);
+      ++merged[std::min<std::size_t>(static_cast<std::size_t>(std::bit_width(further_leaves)), merged.size() - 1)];
     }
     for (const UnionStats& stats : lists.chunk_stats) {
       ASSERT_GE(stats.union_inflation(), 1.0) << "seed " << seed;

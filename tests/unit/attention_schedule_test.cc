@@ -77,11 +77,30 @@ TEST(AttentionSchedule, PositionsNearTheEndOfInt32DoNotOverflow) {
   EXPECT_EQ(whole_m_tile(h200(), unit, 0, 0).tile_end, (2147483647 - 4096 + 1 + 127) / 128);
 }
 
-TEST(AttentionSchedule, CapIsHalfAShareWithAMargin) {
-  EXPECT_EQ(cap_tiles(0, 132), 8);
-  EXPECT_EQ(cap_tiles(264 * 100, 132), 110);
-  EXPECT_EQ(cap_tiles(264 * 100 + 1, 132), 111);
-  EXPECT_EQ(cap_tiles(std::int64_t{1} << 40, 132), 0x7fffffff);
+TEST(AttentionSchedule, CapOfManyMTilesIsHalfAShareWithAMargin) {
+  constexpr std::int32_t kMany = 4 * 132;
+  EXPECT_EQ(cap_tiles(0, kMany, 132), 8);
+  EXPECT_EQ(cap_tiles(264 * 100, kMany, 132), 110);
+  EXPECT_EQ(cap_tiles(264 * 100 + 1, kMany, 132), 111);
+  EXPECT_EQ(cap_tiles(std::int64_t{1} << 40, kMany, 132), 0x7fffffff);
+}
+
+TEST(AttentionSchedule, FewMTilesAreCutIntoFullWaves) {
+  const Schedule s = h200();
+  const auto pieces = [&](std::int32_t m_tiles, std::int32_t length) {
+    return num_pieces(s, cap_tiles(std::int64_t{m_tiles} * length, m_tiles, 132), length);
+  };
+  EXPECT_EQ(cap_tiles(0, 0, 132), 8);
+  EXPECT_EQ(pieces(176, 256), 3);  // 528 pieces are four waves of 132; whole they are two, half of the second idle
+  EXPECT_EQ(pieces(256, 256), 1);  // two waves, 3 % idle
+  EXPECT_EQ(pieces(128, 256), 1);  // one wave
+  EXPECT_EQ(pieces(32, 256), 4);   // 128 pieces are one wave
+  EXPECT_EQ(pieces(256, 8), 1);    // too short to cut
+  EXPECT_EQ(pieces(1, 256), 32);   // no piece below kMinCapTiles
+  // Lengths that differ by 12 %, as the causal end of a chunk makes them, are cut alike.
+  const std::int32_t cap = cap_tiles(176 * 256, 176, 132);
+  EXPECT_EQ(num_pieces(s, cap, 241), 3);
+  EXPECT_EQ(num_pieces(s, cap, 271), 3);
 }
 
 TEST(AttentionSchedule, CutAboveOneAndAQuarterCaps) {
@@ -120,12 +139,12 @@ TEST(AttentionSchedule, OneHeadIsCutForEveryWorker) {
   const AttentionUnit unit{.q_len = 1024, .list_tokens = 8192, .past_tokens = 8192};
   const HostPlan plan = host_plan(h200(), {unit}, 32, 528);
   EXPECT_EQ(plan.error, 0);
-  EXPECT_EQ(plan.header.cap, 9);
-  ASSERT_EQ(plan.header.num_items, 32 * 8);
-  EXPECT_EQ(plan.header.num_slots, 32 * 8);
+  EXPECT_EQ(plan.header.cap, 18);
+  ASSERT_EQ(plan.header.num_items, 32 * 4);  // one wave
+  EXPECT_EQ(plan.header.num_slots, 32 * 4);
   EXPECT_EQ(plan.header.next_item, 132);
-  for (std::size_t i = 0; i < 256; ++i) {
-    EXPECT_EQ(plan.items[i].tile_begin, static_cast<std::int32_t>(i / 32 * 8));
+  for (std::size_t i = 0; i < 128; ++i) {
+    EXPECT_EQ(plan.items[i].tile_begin, static_cast<std::int32_t>(i / 32 * 16));
     EXPECT_EQ(plan.items[i].m_tile, static_cast<std::int32_t>(31 - i % 32));
   }
 }
@@ -135,7 +154,7 @@ TEST(AttentionSchedule, BoundsAreReported) {
   HostPlan plan = host_plan(h200(), {unit}, 31, 528);
   EXPECT_EQ(plan.error, static_cast<std::int32_t>(CudaAttentionError::kTooManyMTiles));
   EXPECT_EQ(plan.header.num_items, 0);
-  plan = host_plan(h200(), {unit}, 32, 255);
+  plan = host_plan(h200(), {unit}, 32, 127);
   EXPECT_EQ(plan.error, static_cast<std::int32_t>(CudaAttentionError::kTooManySlots));
   EXPECT_EQ(plan.header.num_items, 0);
 }
@@ -274,13 +293,15 @@ TEST(AttentionSchedule, RandomBatchesAreCoveredOnceInOrder) {
 // The bound on slots holds with a margin for any lengths: many tiles just above the cut.
 TEST(AttentionSchedule, SlotsStayFarBelowTheBound) {
   for (const std::int32_t workers : {1, 8, 132}) {
-    for (std::int32_t tiles = 1; tiles < 400; ++tiles) {
-      Schedule s = h200(1);
-      s.num_workers = workers;
-      std::vector<AttentionUnit> units(static_cast<std::size_t>(2 * workers),
-                                       {.q_len = 1, .list_tokens = tiles * 128, .past_tokens = tiles * 128});
-      const HostPlan plan = host_plan(s, units, 2 * workers, 4 * workers);
-      ASSERT_EQ(plan.error, 0) << workers << " workers, " << tiles << " tiles";
+    for (const std::int32_t m_tiles : {1, workers / 3 + 1, workers, 4 * workers / 3, 2 * workers, 5 * workers}) {
+      for (std::int32_t tiles = 1; tiles < 400; tiles += 3) {
+        Schedule s = h200(1);
+        s.num_workers = workers;
+        std::vector<AttentionUnit> units(static_cast<std::size_t>(m_tiles),
+                                         {.q_len = 1, .list_tokens = tiles * 128, .past_tokens = tiles * 128});
+        const HostPlan plan = host_plan(s, units, m_tiles, 5 * workers);
+        ASSERT_EQ(plan.error, 0) << workers << " workers, " << m_tiles << " M-tiles of " << tiles << " tiles";
+      }
     }
   }
 }

@@ -1,7 +1,11 @@
 """Accuracy of a checkpoint per task and length, dense and with the mean-key selector in chunked prefill; JSON out.
 
-For use while training: the engine's own figures come from `compact eval ruler`. Greedy decoding with a KV cache. A sample scores the share of its answers that occur in the output, ignoring case, as in
-RULER. Decoding stops when all answers have been seen (more text cannot change the score), at the end token, or at the limit.
+For use while training: the engine's own figures come from `compact eval ruler`. Greedy decoding with a KV cache. A sample
+scores the share of its answers that occur in the output, ignoring case, as in RULER. Decoding stops when all answers have
+been seen (more text cannot change the score), at the end token, or at the limit.
+
+With --prompts it answers the very prompts of `compact eval ruler --prompts FILE`, dense, and writes an answer a line: an
+independent implementation on a GPU beside the engine.
 """
 
 import argparse
@@ -124,10 +128,32 @@ def make_prompts(tokenizer, source, task, tokens, count, seed, limit):
     return prompts
 
 
+def answer_prompts(model, tokenizer, paths, output):
+    """Dense answers to prompt files of the engine; prints the accuracy of each (task, tokens)."""
+    sums = {}
+    with open(output, "w") as lines:
+        for path in paths:
+            for line in open(path):
+                prompt = json.loads(line)
+                ids = tokenizer.encode(prompt["prompt"] + prompt["answer_prefix"]).ids
+                if len(ids) != prompt["prompt_tokens"]:
+                    raise SystemExit(f"{path}: {len(ids)} tokens, the engine counted {prompt['prompt_tokens']}")
+                score, text, _ = answer(model, tokenizer, ids, prompt["answers"], prompt["generate_tokens"])
+                row = {key: prompt[key] for key in ("task", "tokens", "sample")} | {"score": score, "output": text}
+                lines.write(json.dumps(row) + "\n")
+                total = sums.setdefault((prompt["task"], prompt["tokens"]), [0.0, 0])
+                total[0] += score
+                total[1] += 1
+    for (task, tokens), (score, count) in sums.items():
+        print(json.dumps({"task": task, "tokens": tokens, "samples": count, "accuracy": round(100 * score / count, 2)}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--corpus", type=pathlib.Path, required=True)
+    parser.add_argument("--corpus", type=pathlib.Path, help="needed without --prompts")
+    parser.add_argument("--prompts", nargs="+", type=pathlib.Path, help="files of `compact eval ruler --prompts`")
+    parser.add_argument("--answers", type=pathlib.Path, help="where --prompts writes its answers, JSON lines")
     parser.add_argument("--tasks", nargs="+", default=EVAL_TASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384])
     parser.add_argument("--samples", type=int, default=200)
@@ -141,8 +167,15 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    source = Source(args.corpus, "heldout")
     model = load(args.model, args.device)
+    if args.prompts:
+        if args.answers is None:
+            parser.error("--prompts needs --answers")
+        with torch.no_grad():
+            return answer_prompts(model, tokenizer, args.prompts, args.answers)
+    if args.corpus is None:
+        parser.error("--corpus is needed without --prompts")
+    source = Source(args.corpus, "heldout")
     results = []
     for length in args.lengths:
         for task in args.tasks:

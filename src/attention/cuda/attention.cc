@@ -205,6 +205,7 @@ CudaChain make_chain(const CudaPlan& plan, const CudaAttentionInput& input, cons
                    .m_begin = reinterpret_cast<std::int32_t*>(at(w.m_begin)),
                    .step_begin = reinterpret_cast<std::int32_t*>(at(w.step_begin)),
                    .slot_begin = reinterpret_cast<std::int32_t*>(at(w.slot_begin)),
+                   .tiles = reinterpret_cast<std::int32_t*>(at(w.tiles)),
                    .error = output.error,
                    .checked = options.check_lists};
   chain.main = {.output = {.o = static_cast<std::uint16_t*>(output.o),

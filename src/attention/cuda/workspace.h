@@ -13,7 +13,8 @@ struct Workspace {
   std::int64_t slots = 0;        // SlotItem [max_slots]
   std::int64_t m_begin = 0;      // int32 [max_units + 1]
   std::int64_t step_begin = 0;   // int32 [max_units + 1]
-  std::int64_t slot_begin = 0;   // int32 [max_m_tiles + 1]
+  std::int64_t slot_begin = 0;   // int32 [max_m_tiles]
+  std::int64_t tiles = 0;        // int32 [max_m_tiles]
   std::int64_t partial_m_l = 0;  // float [max_slots, BM, 2]
   std::int64_t partial_o = 0;    // float [max_slots, BM, D]
   std::int64_t bytes = 0;
@@ -33,7 +34,8 @@ inline Workspace plan_workspace(std::int64_t max_units, std::int64_t max_m_tiles
   at.slots = take(max_slots * std::int64_t{sizeof(SlotItem)});
   at.m_begin = take((max_units + 1) * std::int64_t{sizeof(std::int32_t)});
   at.step_begin = take((max_units + 1) * std::int64_t{sizeof(std::int32_t)});
-  at.slot_begin = take((max_m_tiles + 1) * std::int64_t{sizeof(std::int32_t)});
+  at.slot_begin = take(max_m_tiles * std::int64_t{sizeof(std::int32_t)});
+  at.tiles = take(max_m_tiles * std::int64_t{sizeof(std::int32_t)});
   at.partial_m_l = take(max_slots * tile_rows * 2 * std::int64_t{sizeof(float)});
   at.partial_o = take(max_slots * tile_rows * head_dim * std::int64_t{sizeof(float)});
   return at;

@@ -4,8 +4,8 @@
 // A CTA is persistent and works on one item at a time: BM packed query rows of one KV head against a range of KV tiles
 // (BN list coordinates each), walked from the last tile to the first, so that masks and the list's tail come first,
 // once.
-//   producer  one warp: draws items, posts them in a mailbox, loads Q, K and V by TMA. A tile is loaded as boxes of
-//             min(P, BN) rows x 64 elements, one page each; the page id is a TMA coordinate.
+//   producers two warps: one draws items, posts them in a mailbox and loads Q and K by TMA, the other loads V. A tile
+//             is loaded as boxes of min(P, BN) rows x 64 elements, one page each; the page id is a TMA coordinate.
 //   consumers BM/64 warpgroups of 64 rows: S = Q K^T (wgmma), online softmax in registers, O += P V (wgmma, P in
 //   registers).
 // Pipelines: K and V rings of `stages` tiles, one Q tile, one mailbox. Barriers and their arrivals: sm90_config.h.
@@ -59,36 +59,68 @@ __device__ __forceinline__ void sm90_init_barriers(Sm90SharedPlan<kTile>& shared
   ptx::mbarrier_init(&shared.q_full, 1);
   ptx::mbarrier_init(&shared.q_empty, kTile.consumer_warps());
   for (int slot = 0; slot < kSm90MailSlots; ++slot) {
-    ptx::mbarrier_init(&shared.mail_full[slot], 1);
-    ptx::mbarrier_init(&shared.mail_empty[slot], kTile.consumer_warps());
+    ptx::mbarrier_init(&shared.mail_full[slot], 32);
+    ptx::mbarrier_init(&shared.mail_empty[slot], kTile.consumer_warps() + 1);
   }
   ptx::fence_mbarrier_init();
 #ifdef COMPACT_PTX_SPIN_LIMIT  // names for the addresses that mbarrier_wait reports
   if (blockIdx.x == 0) {
-    printf("warp 0 loads, warps 4.. compute; barriers from: k_full %u k_empty %u v_full %u v_empty %u q_full %u ",
-           ptx::shared_address(shared.k_full), ptx::shared_address(shared.k_empty), ptx::shared_address(shared.v_full),
-           ptx::shared_address(shared.v_empty), ptx::shared_address(&shared.q_full));
+    printf(
+        "warp 0 loads Q and K, warp 1 V, warps 4.. compute; barriers from: k_full %u k_empty %u v_full %u v_empty %u "
+        "q_full %u ",
+        ptx::shared_address(shared.k_full), ptx::shared_address(shared.k_empty), ptx::shared_address(shared.v_full),
+        ptx::shared_address(shared.v_empty), ptx::shared_address(&shared.q_full));
     printf("q_empty %u mail_full %u mail_empty %u\n", ptx::shared_address(&shared.q_empty),
            ptx::shared_address(shared.mail_full), ptx::shared_address(shared.mail_empty));
   }
 #endif
 }
 
-// The producer warp, all 32 lanes converged.
+// How a loading warp brings in a tile of K or V: BN / box_rows boxes x panels TMA loads, one per lane.
 template <Sm90Tile kTile>
-__device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
+class Sm90TileLoader {
+ public:
+  __device__ __forceinline__ Sm90TileLoader(const Sm90Arguments& arguments, const CUtensorMap& map)
+      : arguments_(arguments), map_(map) {}
+
+  __device__ __forceinline__ void load(const WorkItem& item, int tile, void* stage, std::uint64_t* full,
+                                       std::uint64_t* empty, std::uint32_t parity) const {
+    // From the lane every time: kept, these numbers cost registers that a loading warp does not have.
+    const int lane = ptx::lane_id(), panel = lane % kTile.panels();
+    const int box_row = lane / kTile.panels() * arguments_.box_rows;
+    const PrefillParams& params = arguments_.params;
+    // Page id of this lane's box; past the list -1, which as an unsigned number is out of bounds like a wrong id. It is
+    // on its way while this warp waits for the stage.
+    const int coordinate = tile * kTile.tokens + box_row;
+    const bool loads = box_row < kTile.tokens;
+    const bool listed = loads && coordinate < item.list_tokens;
+    const int page = listed ? params.page_ids[item.list_begin + (coordinate >> params.page_tokens_log2)] : -1;
+    ptx::mbarrier_wait(empty, parity ^ 1);
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, kTile.kv_bytes());
+    __syncwarp();
+    if (loads) {
+      // Page num_pages does not exist: TMA writes zeros.
+      const int existing = static_cast<int>(min(static_cast<unsigned>(page), static_cast<unsigned>(params.num_pages)));
+      const int row_in_page = coordinate & ((1 << params.page_tokens_log2) - 1);
+      const int offset = (panel * kTile.tokens + box_row) * ptx::kSwizzleRowBytes;
+      ptx::tma_load_4d(static_cast<char*>(stage) + offset, &map_, full, panel * kSm90PanelElements, row_in_page,
+                       item.kv_head, existing);
+    }
+  }
+
+ private:
+  const Sm90Arguments& arguments_;
+  const CUtensorMap& map_;
+};
+
+// The warp that draws items, posts them, and loads Q and K; all 32 lanes converged.
+template <Sm90Tile kTile>
+__device__ __forceinline__ void sm90_load_qk(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
   const PrefillParams& params = arguments.params;
-  constexpr int kPanels = kTile.panels();
   constexpr int kItemWords = sizeof(WorkItem) / 4;
-  using Ring = Sm90RingPosition<kTile.stages>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-
-  // A tile of K or V is BN / box_rows boxes x panels TMA loads: one per lane.
-  const int panel = lane % kPanels;
-  const int box_row = lane / kPanels * arguments.box_rows;
-  const bool loads = box_row < kTile.tokens;
-
-  Ring ring;  // where the next tile goes, in the K ring and in the V ring alike
+  const Sm90TileLoader<kTile> loader(arguments, arguments.k_map);
+  Sm90RingPosition<kTile.stages> ring;
   Sm90RingPosition<kSm90MailSlots> mail;
   std::uint32_t q_parity = 0;
 
@@ -99,73 +131,66 @@ __device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm9
     const WorkItem& item = shared.mailbox[mail.stage];
     ptx::mbarrier_wait(&shared.mail_empty[mail.stage], mail.parity ^ 1);
     if (lane < kItemWords) reinterpret_cast<int*>(&shared.mailbox[mail.stage])[lane] = word;
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);
+    ptx::mbarrier_arrive(&shared.mail_full[mail.stage]);  // every lane for its own word
+    __syncwarp();                                         // this warp reads the item too
     mail = mail.next();
     if (stop) break;
     if (lane == 0) item_idx = atomicAdd(params.work_counter, 1);  // on its way while this item is loaded
 
     if (item.tile_begin < item.tile_end) {
-      // Page id of this lane's box; past the list -1, which as an unsigned number is out of bounds like a wrong id.
-      auto page_id = [&](int tile) {
-        const int coordinate = tile * kTile.tokens + box_row;
-        const bool listed = loads && coordinate < item.list_tokens;
-        return listed ? params.page_ids[item.list_begin + (coordinate >> params.page_tokens_log2)] : -1;
-      };
-      auto load_tile = [&](int tile, int page, void* stage, std::uint64_t* full, std::uint64_t* empty,
-                           std::uint32_t parity, const CUtensorMap& map) {
-        ptx::mbarrier_wait(empty, parity ^ 1);
-        if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, kTile.kv_bytes());
-        __syncwarp();
-        if (loads) {
-          // Page num_pages does not exist: TMA writes zeros.
-          const int existing =
-              static_cast<int>(min(static_cast<unsigned>(page), static_cast<unsigned>(params.num_pages)));
-          const int row_in_page = (tile * kTile.tokens + box_row) & ((1 << params.page_tokens_log2) - 1);
-          const int offset = (panel * kTile.tokens + box_row) * ptx::kSwizzleRowBytes;
-          ptx::tma_load_4d(static_cast<char*>(stage) + offset, &map, full, panel * kSm90PanelElements, row_in_page,
-                           item.kv_head, existing);
-        }
-      };
-      auto load_k = [&](int tile, int page, Ring at) {
-        load_tile(tile, page, shared.k[at.stage], &shared.k_full[at.stage], &shared.k_empty[at.stage], at.parity,
-                  arguments.k_map);
-      };
-      auto load_v = [&](int tile, int page, Ring at) {
-        load_tile(tile, page, shared.v[at.stage], &shared.v_full[at.stage], &shared.v_empty[at.stage], at.parity,
-                  arguments.v_map);
-      };
       auto load_q = [&] {
         ptx::mbarrier_wait(&shared.q_empty, q_parity ^ 1);
         if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.q_full, kTile.q_bytes());
         __syncwarp();
-        if (lane < kPanels) {
+        if (lane < kTile.panels()) {
           ptx::tma_load_3d(&shared.q[lane], &arguments.q_map, &shared.q_full, lane * kSm90PanelElements, item.q_head,
                            item.q_row, ptx::make_policy_evict_first());
         }
         q_parity ^= 1;
       };
-
-      // K runs one tile ahead of V: Q K^T of the next tile never waits behind V. Q comes after the first tiles of K and
-      // V, whose stages are free before the item before is finished with its Q.
-      int tile = item.tile_end - 1;
-      int page = page_id(tile);
-      load_k(tile, page, ring);
-      for (; tile > item.tile_begin; --tile) {
-        const int next_page = page_id(tile - 1);  // arrives while this warp waits for a free stage
-        load_k(tile - 1, next_page, ring.next());
-        load_v(tile, page, ring);
-        if (tile + 1 == item.tile_end) load_q();
+      // Q comes after the first two tiles of K, whose stages are free before the item before is finished with its Q.
+      for (int tile = item.tile_end - 1; tile >= item.tile_begin; --tile) {
+        loader.load(item, tile, shared.k[ring.stage], &shared.k_full[ring.stage], &shared.k_empty[ring.stage],
+                    ring.parity);
         ring = ring.next();
-        page = next_page;
+        if (tile == max(item.tile_end - 2, item.tile_begin)) load_q();
       }
-      if (tile + 1 == item.tile_end) load_q();
-      load_v(tile, page, ring);
-      ring = ring.next();
     }
     item_idx = __shfl_sync(0xffffffffu, item_idx, 0);
   }
   ptx::griddep_launch_dependents();
+}
+
+// The warp that loads V of the items that the other one posts.
+template <Sm90Tile kTile>
+__device__ __forceinline__ void sm90_load_v(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
+  const Sm90TileLoader<kTile> loader(arguments, arguments.v_map);
+  Sm90RingPosition<kTile.stages> ring;
+  Sm90RingPosition<kSm90MailSlots> mail;
+  for (;;) {
+    ptx::mbarrier_wait(&shared.mail_full[mail.stage], mail.parity);
+    const WorkItem& item = shared.mailbox[mail.stage];
+    if (item.tile_end == kSm90Stop) break;
+    for (int tile = item.tile_end - 1; tile >= item.tile_begin; --tile) {
+      loader.load(item, tile, shared.v[ring.stage], &shared.v_full[ring.stage], &shared.v_empty[ring.stage],
+                  ring.parity);
+      ring = ring.next();
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.mail_empty[mail.stage]);
+    mail = mail.next();
+  }
+}
+
+// The loading warpgroup. Two warps, because a box costs its warp about 80 clocks: with pages of 16 tokens one warp
+// would take as long for K and V of a tile as the tensor cores.
+template <Sm90Tile kTile>
+__device__ __forceinline__ void sm90_produce(const Sm90Arguments& arguments, Sm90SharedPlan<kTile>& shared) {
+  if (threadIdx.x < 32) {
+    sm90_load_qk<kTile>(arguments, shared);
+  } else if (threadIdx.x < 64) {
+    sm90_load_v<kTile>(arguments, shared);
+  }
 }
 
 // A consumer warpgroup.
@@ -398,7 +423,7 @@ __global__ void __launch_bounds__(TileType::kTile.threads(), 1)
 
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_decrease<kTile.producer_registers()>();
-    if (threadIdx.x < 32) sm90_produce<kTile>(arguments, shared);
+    sm90_produce<kTile>(arguments, shared);
   } else {
     ptx::setmaxnreg_increase<kTile.consumer_registers()>();
     sm90_consume<kType, kTile>(arguments.params, shared);

@@ -35,7 +35,7 @@ struct Sm90Tile {
   CA_HOST_DEVICE constexpr int consumer_registers() const { return consumer_groups() == 2 ? 240 : 160; }
 };
 
-inline constexpr Sm90Tile kSm90TileD64{64, 192, 128, 4, true, true, false};
+inline constexpr Sm90Tile kSm90TileD64{64, 192, 128, 4, true, false, false};
 inline constexpr Sm90Tile kSm90TileD128{128, 128, 128, 3, true, true, false};
 inline constexpr Sm90Tile kSm90TileD256{256, 128, 64, 2, true, false, false};
 
@@ -51,11 +51,11 @@ enum Sm90NamedBarrier : int {
 };
 
 // mbarrier, arrivals per phase                  who arrives                        who waits
-//   k_full, v_full, q_full         1 + bytes    producer lane 0, TMA               consumers
-//   k_empty, v_empty, q_empty      one per consumer warp, after its last read      producer
-//   mail_full                      1            producer lane 0                    consumers
-//   mail_empty                     one per consumer warp, item finished            producer
-// Consumers wait for phase 0 first, the producer for the phase before it (parity 1), which a fresh barrier passes.
+//   k_full, v_full, q_full         1 + bytes    lane 0 of the loading warp, TMA    consumers
+//   k_empty, v_empty, q_empty      one per consumer warp, after its last read      the loading warp
+//   mail_full                      32           every lane of the Q and K warp     consumers, V warp
+//   mail_empty                     one per consumer warp and V warp, item done     Q and K warp
+// Readers wait for phase 0 first, writers for the phase before it (parity 1), which a fresh barrier passes.
 template <Sm90Tile kTile>
 struct alignas(1024) Sm90SharedPlan {
   std::uint16_t q[kTile.panels()][kTile.rows][kSm90PanelElements];
