@@ -14,6 +14,7 @@
 #include "compact/block_union.h"
 #include "compact/quoka.h"
 #include "tests/cross_backend/targets.h"
+#include "tests/fewer_when_sanitized.h"
 #include "tests/kv_step.h"
 
 namespace compact {
@@ -38,7 +39,7 @@ std::vector<QueryBlock> blocks_of(const SelectInput& input) {
 
 TEST(QuokaBackends, ScoresEqualTheReference) {
   ThreadPool pool(2);
-  for (std::uint64_t seed = 1; seed <= 60; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(60); ++seed) {
     const KvStep step(with_norms(random_kv_step(seed)));
     const SelectInput input = step.select_input();
     // 40 queries of a block: three blocks share a tile, and short blocks give all theirs.
@@ -150,7 +151,7 @@ void attend_in_place(const KvStep& step, const QuokaTokens& selection, const Att
 
 TEST(QuokaTokensBackends, AttentionOverTheCopyEqualsAttentionInPlace) {
   ThreadPool pool(2);
-  for (std::uint64_t seed = 1; seed <= 30; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(30); ++seed) {
     KvStepSpec spec = with_norms(random_kv_step(seed));
     spec.layout = KvLayout::kNhd;
     spec.dtype = DType::kF32;

@@ -10,6 +10,7 @@
 
 #include "src/core/bit_words.h"
 #include "tests/cross_backend/targets.h"
+#include "tests/fewer_when_sanitized.h"
 #include "tests/kv_step.h"
 
 namespace compact {
@@ -44,7 +45,7 @@ TEST(SubMeanBackends, DecisionsAgreeOutsideTheBand) {
   std::int64_t kept = 0;
   std::int64_t in_band = 0;
   ThreadPool pool(2);
-  for (std::uint64_t seed = 1; seed <= 300; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(300); ++seed) {
     const KvStep step(spec_of(seed));
     const SelectInput input = step.select_input();
     BlockMask reference;

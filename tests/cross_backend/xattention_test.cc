@@ -11,6 +11,7 @@
 
 #include "src/select/selector.h"
 #include "tests/cross_backend/targets.h"
+#include "tests/fewer_when_sanitized.h"
 #include "tests/kv_step.h"
 
 namespace compact {
@@ -29,7 +30,7 @@ std::vector<QueryBlock> blocks_of(const SelectInput& input) {
 
 TEST(XAttentionBackends, SumsEqualTheReference) {
   ThreadPool pool(2);
-  for (std::uint64_t seed = 1; seed <= 60; ++seed) {
+  for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(60); ++seed) {
     const KvStep step(random_kv_step(seed));
     const SelectInput input = step.select_input();
     const XAttentionOptions options{.stride = seed % 3 == 0 ? 16 : seed % 3 == 1 ? 8 : 4, .mass = 0.5F};
