@@ -1,4 +1,4 @@
-// What selection costs on the CPU: CPU seconds of each selector for one layer and chunk, beside mean-key's.
+// What selection costs on the CPU: CPU seconds of each selector for one layer and chunk.
 //
 //   selector_cpu_bench [--selector NAME ...] [--shape SUBSTRING] [--threads N] [--repeats N]
 //
@@ -59,12 +59,12 @@ int main(int argc, char** argv) {
   std::int32_t threads = 1;
   std::int32_t repeats = 3;
   CLI::App app("CPU time of selectors");
-  app.add_option("--selector", names, "Names; all that need nothing from the caller when absent");
+  app.add_option("--selector", names, "Names; all that score by themselves when absent");
   app.add_option("--shape", shape_filter, "Only shapes whose name contains this");
   app.add_option("--threads", threads, "Threads");
   app.add_option("--repeats", repeats, "Runs of each; the smallest counts");
   CLI11_PARSE(app, argc, argv);
-  if (names.empty()) names = {"mean-key"};
+  if (names.empty()) names = {"mean-key", "sub-mean", "xattention", "quoka", "random", "oracle"};
 
   compact::ThreadPool pool(threads);
   for (const Shape& s : kShapes) {

@@ -236,7 +236,7 @@ struct SelectorOptions {
   XAttentionOptions xattention{};
   QuokaOptions quoka{};
   RandomOptions random{};
-  Budget budget{};              // in place of the selector's own rule; not for dense and static
+  Budget budget{};              // in place of the selector's own rule; not for dense, static, external
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
 };
 
