@@ -9,7 +9,7 @@
 #                sm90 kernel hangs, it runs again on kernels that say who waited for what (attention_gpu_spin_test)
 #   sanitizer    memcheck, racecheck and synccheck on small shapes
 #   bench        our benchmark; --quick: the shapes of the targets only
-#   peers        dense attention of PyTorch at the same shapes, GEMM and copy of the machine (needs torch)
+#   peers        our kernel and dense attention of PyTorch in turns, in one process (needs torch)
 #   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
 #
 # No part: layouts tests bench peers sanitizer experiments. Logs go to OUT; a table of what passed comes last. Exit 1 if
@@ -114,9 +114,8 @@ bench() {
 }
 
 peers() {
-  local ours=()
-  [ -f "$out/bench.json" ] && ours=(--ours "$out/bench.json")
-  limited peers 200 python3 "$here/attention_gpu_peers.py" $($quick && echo --quick) "${ours[@]}" --json "$out/peers.json"
+  limited peers 300 python3 "$here/attention_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
+    --json "$out/attention_gpu.json"
   cat "$out/peers.log" 2>/dev/null
 }
 
