@@ -22,7 +22,7 @@ PICTURE = ROOT / "docs" / "images" / "demo.svg"
 COMMANDS = {
     "attention_cpu": "build/dev/benchmarks/attention_cpu_bench --threads 2 --json {out}",
     "cost_model_cpu": "build/dev/benchmarks/cost_model_bench --threads 1 --cpu-time --repeats 8 --json {out}",
-    "step_cpu": "build/dev/benchmarks/step_cpu_bench --threads 1 --cpu-time --json {out}",
+    "step_cpu": "build/release/compact bench step --context 2048,3072,4096,6144,8192,16384,32768 --threads 1 --cpu-time --json {out}",
     "demo_16k": "build/release/compact demo --json {out} --svg docs/images/demo.svg",
 }
 
