@@ -24,7 +24,7 @@ __device__ __forceinline__ float2 unpack_pair(std::uint32_t pair) {
 }
 
 template <ptx::MmaType kType>
-__global__ void __launch_bounds__(kThreads) page_means_kernel(PageMeansArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) page_means_kernel(PageMeansArgs args) {
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   const PagedKvView& kv = args.kv;
