@@ -193,5 +193,24 @@ TEST(StepCuda, HostChecksNameTheField) {
          [](CudaStepInput& x) { x.max_context_tokens = 1 << 24, x.page_table_stride = 1 << 20; });
 }
 
+// A build without CUDA says so; one with CUDA needs no device for the sizes.
+TEST(StepCuda, SizesNeedABuildWithCuda) {
+  StepRandom random(1);
+  StepCase c;
+  make_random_step(c, random);
+  const Result<CudaStepSizes> sizes = step_cuda_sizes(c.input);
+  if (sizes.ok()) {
+    EXPECT_EQ(sizes->workspace_bytes, lay_out_step(c.input)->sizes.workspace_bytes);
+    return;
+  }
+  EXPECT_EQ(sizes.status().code(), StatusCode::kUnsupported);
+  EXPECT_NE(sizes.status().message().find("COMPACT_CUDA"), std::string::npos);
+  std::int32_t error = 0;
+  EXPECT_EQ(plan_step_cuda(c.input, &error, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(select_mean_key_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(build_page_lists_cuda(c.input, nullptr, {}, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(page_means_cuda(c.input, {}, nullptr, nullptr, nullptr).code(), StatusCode::kUnsupported);
+}
+
 }  // namespace
 }  // namespace compact
