@@ -1,7 +1,7 @@
 // Device side of the plan: one CTA. A batch of 1-2 thousand units takes a few microseconds, which the main kernel's
 // launch hides in part; the next kernel of the stream may become resident as soon as this one runs.
 #include "src/attention/cuda/launch.h"
-#include "src/attention/cuda/launch_kernel.h"
+#include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 
 namespace compact {
