@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "benchmarks/bench.h"
+#include "engine/bench/measure.h"
 #include "compact/attention.h"
 #include "src/core/bf16.h"
 

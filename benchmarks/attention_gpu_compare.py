@@ -18,6 +18,7 @@ count the pairs that the candidate has to compute: visible ones for page lists.
 import argparse
 import ctypes
 import dataclasses
+import datetime
 import importlib.util
 import json
 import statistics
@@ -280,6 +281,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="a Python file with candidates(case)")
     parser.add_argument("--only-ours", action="store_true", help="no cuDNN, no FA2")
     parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--commit", default="unknown", help="for the record: the commit that the library was built from")
     args = parser.parse_args()
     libraries = {}
     for text in args.library:
@@ -324,7 +326,8 @@ def main() -> None:
         versions = {name: library.lib.ca_version().decode() for name, library in libraries.items()}
         with open(args.json, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                       "cudnn": torch.backends.cudnn.version(), "versions": versions, "rows": rows}, file, indent=1)
+                       "cudnn": torch.backends.cudnn.version(), "versions": versions, "commit": args.commit,
+                       "date": datetime.date.today().isoformat(), "quick": args.quick, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
 #   tests        the GPU tests, each in a process of its own under a time limit: a hang costs one test. If a test of the
 #                sm90 kernel hangs, it runs again on kernels that say who waited for what (attention_gpu_spin_test)
 #   sanitizer    memcheck, racecheck and synccheck on small shapes
-#   bench        our benchmark; --quick: the shapes of the targets only
-#   peers        dense attention of PyTorch at the same shapes, GEMM and copy of the machine (needs torch)
+#   bench        our benchmarks (attention, then the whole step); --quick: the shapes of the targets only
+#   peers        our kernel and dense attention of PyTorch in turns, in one process (needs torch)
 #   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
 #
 # No part: layouts tests bench peers sanitizer experiments. Logs go to OUT; a table of what passed comes last. Exit 1 if
@@ -33,7 +33,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer experiments)
 export TEST_SECONDS=${TEST_SECONDS:-40}  # of one test
 mkdir -p "$out/tests"
-chmod +x "$gpu"/*_test "$build"/benchmarks/{attention_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
+chmod +x "$gpu"/*_test "$build"/benchmarks/{attention_gpu_bench,step_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
 : >"$out/table"
 
 row() { echo "$*" | tee -a "$out/table"; }
@@ -74,15 +74,18 @@ layouts() {
 }
 
 tests() {
-  export TEST_BINARY=$gpu/attention_gpu_test
-  local names
-  if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
-    row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
-    return
-  fi
-  # Four at a time: most of a test is host work.
-  sed 's/ *#.*//' <<<"$names" | awk '/^[^ ].*\.$/ {suite=$1; next} /^  / {print suite $1}' |
-    xargs -P 4 -I{} bash -c 'one_test "$@"' _ {} "$out/tests" | tee "$out/tests/summary"
+  local names binary
+  : >"$out/tests/summary"
+  for binary in attention_gpu_test step_gpu_test; do
+    export TEST_BINARY=$gpu/$binary
+    if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
+      row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
+      continue
+    fi
+    # Four at a time: most of a test is host work.
+    sed 's/ *#.*//' <<<"$names" | awk '/^[^ ].*\.$/ {suite=$1; next} /^  / {print suite $1}' |
+      xargs -P 4 -I{} bash -c 'one_test "$@"' _ {} "$out/tests" | tee -a "$out/tests/summary"
+  done
   grep -E '^(FAIL|HANG)' "$out/tests/summary" | while read -r _ name _; do
     echo "--- $name"
     grep -vE '^\[ |^Note|^Running|^$' "$out/tests/${name//\//_}.log" | head -12
@@ -105,18 +108,21 @@ sanitizer() {
   for tool in memcheck racecheck synccheck; do
     limited "sanitizer_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/attention_gpu_test" \
       --gtest_filter='*OneTile*:*EmptyLists*:*BadPageIds*'
+    limited "sanitizer_step_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/step_gpu_test" \
+      --gtest_filter='*ShareZero*:*ChunkPages*:*Nonfinite*'
   done
 }
 
 bench() {
   limited bench 200 "$build/benchmarks/attention_gpu_bench" $($quick && echo --quick) --json "$out/bench.json"
   cat "$out/bench.log" 2>/dev/null
+  limited step 200 "$build/benchmarks/step_gpu_bench" $($quick && echo --mode paper) --json "$out/step.json"
+  cat "$out/step.log" 2>/dev/null
 }
 
 peers() {
-  local ours=()
-  [ -f "$out/bench.json" ] && ours=(--ours "$out/bench.json")
-  limited peers 200 python3 "$here/attention_gpu_peers.py" $($quick && echo --quick) "${ours[@]}" --json "$out/peers.json"
+  limited peers 300 python3 "$here/attention_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
+    --json "$out/attention_gpu.json"
   cat "$out/peers.log" 2>/dev/null
 }
 

@@ -130,7 +130,7 @@ cudaError_t run_probe(const Sm90Arguments& arguments, cudaStream_t stream) {
 CA_TILE(Base, kSm90TileD128);
 CA_TILE(Simple, Sm90Tile{128, 128, 128, 3, false, false, false});
 CA_TILE(NoTurns, Sm90Tile{128, 128, 128, 3, true, false, false});
-CA_TILE(QRegisters, Sm90Tile{128, 128, 128, 3, true, true, true});
+CA_TILE(QShared, Sm90Tile{128, 128, 128, 3, true, true, false});
 CA_TILE(N192, Sm90Tile{128, 128, 192, 2, true, true, false});
 CA_TILE(N192NoTurns, Sm90Tile{128, 128, 192, 2, true, false, false});
 CA_TILE(N176, Sm90Tile{128, 128, 176, 2, true, true, false});
@@ -157,10 +157,10 @@ Variant probe(const char* name) {
 }  // namespace
 
 std::vector<Variant> sm90_tile_variants() {
-  return {tile_variant<Base>("128x128 overlap turns"),
+  return {tile_variant<Base>("128x128 overlap turns Q in registers"),
           tile_variant<NoTurns>("128x128 overlap"),
           tile_variant<Simple>("128x128 plain"),
-          tile_variant<QRegisters>("128x128 Q in registers"),
+          tile_variant<QShared>("128x128 overlap turns, Q in shared memory"),
           tile_variant<N192>("128x192 overlap turns"),
           tile_variant<N192NoTurns>("128x192 overlap"),
           tile_variant<N176>("128x176 overlap turns"),

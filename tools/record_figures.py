@@ -3,7 +3,8 @@
     python3 tools/record_figures.py run [NAME...]  # on an idle machine, after the dev and release builds; all, or these
     python3 tools/record_figures.py tables    # tables again from benchmarks/results/*.json
 
-No figure in those tables is typed by hand. Accuracy comes from `compact eval ruler` and `compact eval merge --json
+No figure in those tables is typed by hand. `attention_gpu.json` comes from a machine with a GPU (benchmarks/README.md names the
+command). Accuracy comes from `compact eval ruler` and `compact eval merge --json
 benchmarks/results/demo_accuracy.json`, which take hours, so `run` leaves it alone.
 """
 
@@ -21,7 +22,7 @@ PICTURE = ROOT / "docs" / "images" / "demo.svg"
 COMMANDS = {
     "attention_cpu": "build/dev/benchmarks/attention_cpu_bench --threads 2 --json {out}",
     "cost_model_cpu": "build/dev/benchmarks/cost_model_bench --threads 1 --cpu-time --repeats 8 --json {out}",
-    "step_cpu": "build/dev/benchmarks/step_cpu_bench --threads 1 --cpu-time --json {out}",
+    "step_cpu": "build/release/compact bench step --context 2048,3072,4096,6144,8192,16384,32768 --threads 1 --cpu-time --json {out}",
     "demo_16k": "build/release/compact demo --json {out} --svg docs/images/demo.svg",
 }
 
@@ -122,6 +123,32 @@ def cost_table(figures: dict) -> str:
                       f"{figures['worst_relative_error']:.1%}.", "", made_by(figures)])
 
 
+def attention_gpu_table(figures: dict, only: str = "") -> str:
+    """`only`: shapes whose name contains this."""
+    shapes = {}
+    for row in figures["rows"]:
+        shapes.setdefault(row["shape"], {})[row["candidate"]] = row
+    gemm = shapes.pop("GEMM 8192^3 bf16")["cuBLAS"]
+    rate = lambda row, key: row["flop"] / row[key] * 1e-9
+    peers = list(dict.fromkeys(name for rows in shapes.values() for name in rows if name != "compact"))
+    lines = [f"{figures['device']}, bf16, D 128, C 1024 and pages of 128 tokens in random order unless the shape says otherwise. In turns with its peers at "
+             f"the clock that full load leaves (a bf16 GEMM of 8192^3: {rate(gemm, 'sustained_ms'):.0f} TFLOP/s sustained, "
+             f"{rate(gemm, 'burst_ms'):.0f} in a burst). TFLOP/s count visible pairs. Peers: their time over ours, so above 1 ours is faster; "
+             "cuDNN and FA2 compute the chunk's own pairs without a causal mask. `d`: density of the lists.", "",
+             "| shape | ms | TFLOP/s | burst TFLOP/s | rel. error | " + " | ".join(f"{name} / ours" for name in peers) + " |",
+             "|---|---|---|---|---|" + "---|" * len(peers)]
+    for shape, rows in shapes.items():
+        if only not in shape:
+            continue
+        ours = rows["compact"]
+        ratios = [f"{rows[name]['ratio_to_first']:.2f}" if name in rows else "" for name in peers]
+        lines.append(f"| {shape} | {ours['sustained_ms']:.4f} | {rate(ours, 'sustained_ms'):.0f} | {rate(ours, 'burst_ms'):.0f} | "
+                     f"{ours['relative_error']:.4f} | " + " | ".join(ratios) + " |")
+    return "\n".join([*lines, "", "`python3 benchmarks/attention_gpu_compare.py --library build/cuda/libcompact.so --json benchmarks/results/attention_gpu.json`"
+                      " with `--peer` for FlashPrefill V2 (its commit 0f8e791, built apart), "
+                      f"torch {figures['torch']}, cuDNN {figures['cudnn']}, commit {figures['commit']}, {figures['date']}."])
+
+
 def replace_block(path: pathlib.Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = path.read_text().split(begin)
@@ -141,6 +168,10 @@ def tables() -> None:
                      "`compact eval ruler -m assets/demo` with the table's tasks, lengths and samples, selectors `dense,mean-key`, in shards "
                      "(`--shard`), joined by `compact eval merge --json benchmarks/results/demo_accuracy.json`. Times in that file are of "
                      "machines that did other work and stand in no table.", ""]
+    attention_gpu = load("attention_gpu")
+    if attention_gpu:
+        replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
+        recorded += ["## Attention over page lists on one GPU, `attention_gpu.json`", "", attention_gpu_table(attention_gpu), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     step, cost = load("step_cpu"), load("cost_model_cpu")

@@ -13,11 +13,15 @@ using CommandBody = std::function<Status()>;
 CommandBody add_run_command(CLI::App& app);
 CommandBody add_demo_command(CLI::App& app);
 CommandBody add_eval_command(CLI::App& app);
+CommandBody add_bench_command(CLI::App& app);
 CommandBody add_doctor_command(CLI::App& app);
 
 // Subcommands of `compact eval`.
 CommandBody add_eval_ruler_command(CLI::App& eval);
 CommandBody add_eval_merge_command(CLI::App& eval);
 CommandBody add_eval_recall_command(CLI::App& eval);
+
+// Subcommand of `compact bench`.
+CommandBody add_bench_step_command(CLI::App& bench);
 
 }  // namespace compact::engine

@@ -3,7 +3,7 @@
 // A row that saw nothing in any piece: O = 0, LSE = -inf. One warp per row; the rows of an M-tile are shared out over
 // its slots, so every slot costs BM row reads whatever the number of pieces. No atomics: same input, same bits.
 #include "src/attention/cuda/launch.h"
-#include "src/attention/cuda/launch_kernel.h"
+#include "src/core/launch_kernel.h"
 #include "src/attention/epilogue.cuh"
 #include "src/ptx/control.cuh"
 #include "src/ptx/convert.cuh"

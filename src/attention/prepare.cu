@@ -1,7 +1,7 @@
 // Device side of the plan: one CTA. A batch of 1-2 thousand units takes a few microseconds, which the main kernel's
 // launch hides in part; the next kernel of the stream may become resident as soon as this one runs.
 #include "src/attention/cuda/launch.h"
-#include "src/attention/cuda/launch_kernel.h"
+#include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 
 namespace compact {
@@ -15,33 +15,41 @@ struct PrepareShared {
   std::int32_t class_count[kNumLengthClasses * kWarps];  // [class][warp]
   std::int32_t m_begin[kUnitsInShared + 1];
   std::int32_t step_begin[kUnitsInShared + 1];
-  std::int64_t warp_sum[2][kWarps];  // in turn, so that a sum needs one barrier
+  std::uint32_t warp_sum[2][kWarps];  // in turn, so that a scan needs one barrier
+  std::int64_t warp_total[kWarps];
 };
 static_assert(sizeof(PrepareShared) <= 48 * 1024, "static shared memory");
 
-__device__ std::int64_t inclusive_in_warp(std::int64_t value, std::int32_t lane) {
+// Scans add counts in 32 bits and stop at 2^30, more than any bound that they are compared with.
+constexpr std::uint32_t kSaturated = 1u << 30;
+
+__device__ std::uint32_t saturating_add(std::uint32_t a, std::uint32_t b) { return min(a + b, kSaturated); }
+
+__device__ std::uint32_t inclusive_in_warp(std::uint32_t value, std::int32_t lane) {
 #pragma unroll
   for (std::int32_t step = 1; step < 32; step *= 2) {
-    const std::int64_t other = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += other;
+    const std::uint32_t other = __shfl_up_sync(0xffffffffu, value, step);
+    if (lane >= step) value = saturating_add(value, other);
   }
   return value;
 }
 
-struct CtaSums {
-  std::int64_t before;  // over the threads before this one
-  std::int64_t total;
+struct CtaScan {
+  std::uint32_t before;  // over the threads before this one
+  std::uint32_t total;
 };
 
-__device__ __noinline__ CtaSums cta_sums(std::int64_t (&warp_sum)[kWarps], std::int64_t mine) {
+__device__ __noinline__ CtaScan cta_scan(std::uint32_t (&warp_sum)[kWarps], std::uint32_t mine) {
   const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32;
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
-  const std::int64_t inclusive = inclusive_in_warp(mine, lane);
+  const std::uint32_t inclusive = inclusive_in_warp(mine, lane);
   if (lane == 31) warp_sum[warp] = inclusive;
   __syncthreads();
-  const std::int64_t up_to = inclusive_in_warp(lane < kWarps ? warp_sum[lane] : 0, lane);
-  const std::int64_t own = __shfl_sync(0xffffffffu, inclusive, 31);
-  return {__shfl_sync(0xffffffffu, up_to, warp) - own + inclusive - mine, __shfl_sync(0xffffffffu, up_to, kWarps - 1)};
+  const std::uint32_t up_to = inclusive_in_warp(lane < kWarps ? warp_sum[lane] : 0, lane);
+  const std::uint32_t before_warp = __shfl_sync(0xffffffffu, up_to, max(warp - 1, 0));
+  const std::uint32_t before_lane = __shfl_up_sync(0xffffffffu, inclusive, 1);
+  return {saturating_add(warp > 0 ? before_warp : 0, lane > 0 ? before_lane : 0),
+          __shfl_sync(0xffffffffu, up_to, kWarps - 1)};
 }
 
 // The parallel parts of prepare.h for one CTA.
@@ -66,8 +74,14 @@ class CtaBlock {
     std::int64_t mine = 0;
     CA_DEVICE_NO_UNROLL
     for (std::int32_t i = index(); i < n; i += kThreads) mine += f(i);
-    std::int64_t total;
-    exclusive(mine, total);
+#pragma unroll
+    for (std::int32_t step = 16; step > 0; step /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, step);
+    if (index() % 32 == 0) shared_.warp_total[index() / 32] = mine;
+    __syncthreads();
+    std::int64_t total = shared_.warp_total[index() % kWarps];
+#pragma unroll
+    for (std::int32_t step = kWarps / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    __syncthreads();  // the next sum writes warp_total
     return total;
   }
 
@@ -76,19 +90,23 @@ class CtaBlock {
     const std::int32_t per_thread = ceil_div(n, kThreads);
     const std::int32_t begin = min_i32(n, index() * per_thread);
     const std::int32_t end = min_i32(n, begin + per_thread);
-    std::int64_t mine = 0;
-    CA_DEVICE_NO_UNROLL
-    for (std::int32_t i = begin; i < end; ++i) mine += a[i] = f(i);
-    std::int64_t total;
-    std::int64_t before = exclusive(mine, total);
+    std::uint32_t mine = 0;
     CA_DEVICE_NO_UNROLL
     for (std::int32_t i = begin; i < end; ++i) {
-      const std::int32_t value = a[i];
+      a[i] = f(i);
+      mine = saturating_add(mine, min(static_cast<std::uint32_t>(a[i]), kSaturated));
+    }
+    const CtaScan sums = cta_scan(shared_.warp_sum[turn_], mine);
+    turn_ ^= 1;
+    std::uint32_t before = sums.before;
+    CA_DEVICE_NO_UNROLL
+    for (std::int32_t i = begin; i < end; ++i) {
+      const std::uint32_t value = min(static_cast<std::uint32_t>(a[i]), kSaturated);
       a[i] = static_cast<std::int32_t>(before);
-      before += value;
+      before = saturating_add(before, value);
     }
     __syncthreads();
-    return total;
+    return sums.total;
   }
 
   // Counting sort. Each warp owns a contiguous run of elements, so (class, warp, place in the run) is a stable order.
@@ -128,15 +146,6 @@ class CtaBlock {
       __syncwarp();
       if (k >= 0) visit(i, first + __popc(peers & ((1u << lane) - 1)));
     }
-  }
-
-  // Sum over the threads before this one; `total` over all. Ends with a barrier between what the caller wrote before
-  // and what it reads after.
-  __device__ std::int64_t exclusive(std::int64_t mine, std::int64_t& total) {
-    const CtaSums sums = cta_sums(shared_.warp_sum[turn_], mine);
-    turn_ ^= 1;
-    total = sums.total;
-    return sums.before;
   }
 
   PrepareShared& shared_;

@@ -3,7 +3,7 @@
 //   index                this thread's place, for single writes
 //   for_each(n, f)       f(i) for 0 <= i < n, then a barrier
 //   sum(n, f)            sum of f(i), 64 bits
-//   scan(a, n, f)        a[i] = f(0) + ... + f(i-1), returns the sum of all f
+//   scan(a, n, f)        a[i] = f(0) + ... + f(i-1), returns the sum of all f; above 2^30 any larger number may come
 //   stable_sort(n, key, emit)   emit(i, position) for every i with key(i) >= 0, ascending keys, equal keys in order of
 //                        i; returns how many there are. Called twice per element: key must not change.
 // Every call is made by all threads and ends with a barrier.

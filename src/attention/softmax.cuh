@@ -8,17 +8,12 @@
 
 #include "src/ptx/control.cuh"
 #include "src/ptx/convert.cuh"
+#include "src/ptx/quad.cuh"
 
 namespace compact {
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
+using ptx::quad_max;
+using ptx::quad_sum;
 
 // s: scores in, exp2((s - max) * scale_log2) out. row_sum is this thread's share: sum it over the quad at the end.
 // rescale: factor for everything that was accumulated under the old maximum.

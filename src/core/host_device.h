@@ -13,6 +13,8 @@
 /// Before a loop of code that runs once in a while on the device: unrolled copies would only be fetched, not repeated.
 #ifdef __CUDA_ARCH__
 #define CA_DEVICE_NO_UNROLL _Pragma("unroll 1")
+#define CA_DEVICE_UNROLL_4 _Pragma("unroll 4")
 #else
 #define CA_DEVICE_NO_UNROLL
+#define CA_DEVICE_UNROLL_4
 #endif

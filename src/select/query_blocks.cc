@@ -4,13 +4,9 @@
 
 #include "compact/selector.h"
 #include "src/core/bit_words.h"
+#include "src/select/forced_rule.h"
 
 namespace compact {
-namespace {
-
-std::int32_t divide_up(std::int32_t value, std::int32_t step) { return value / step + (value % step != 0 ? 1 : 0); }
-
-}  // namespace
 
 std::vector<QueryBlock> make_query_blocks(std::span<const ChunkView> chunks, std::int32_t block_tokens) {
   std::vector<QueryBlock> blocks;
@@ -31,16 +27,7 @@ std::vector<QueryBlock> make_query_blocks(std::span<const ChunkView> chunks, std
 
 ForcedRanges forced_ranges(const ForcedPages& forced, const QueryBlock& block, std::int32_t page_tokens,
                            std::int32_t past_pages) noexcept {
-  ForcedRanges ranges;
-  ranges.sink_end = std::min(past_pages, divide_up(forced.sink_tokens, page_tokens));
-  const std::int32_t window_pages = divide_up(forced.window_tokens, page_tokens);  // W
-  if (window_pages == 0) return ranges;
-  // Pages that meet [(floor(p_first / P) - W + 1) P, p_last].
-  const std::int32_t first = block.first_position / page_tokens - window_pages + 1;
-  const std::int32_t last = (block.first_position + block.tokens - 1) / page_tokens;
-  ranges.window_begin = std::max(0, first);
-  ranges.window_end = std::max(ranges.window_begin, std::min(past_pages, last + 1));
-  return ranges;
+  return forced_ranges_at(forced, block.first_position, block.tokens, page_tokens, past_pages);
 }
 
 void BlockMask::reset(std::int32_t num_mask_heads, std::int32_t page_tokens, std::span<const ChunkView> chunks,

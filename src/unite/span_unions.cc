@@ -6,19 +6,6 @@
 #include "src/core/bit_words.h"
 
 namespace compact {
-namespace {
-
-std::int32_t span_tokens_of(const UnionOptions& options, std::int32_t heads_per_unit) {
-  switch (options.mode) {
-    case UnionMode::kPaper: return 0;
-    case UnionMode::kSpan: return options.span_tokens;
-    case UnionMode::kTile:
-    case UnionMode::kAdaptive: break;
-  }
-  return tile_span_tokens(heads_per_unit);
-}
-
-}  // namespace
 
 void add_forced_pages(const UnionInput& input, const QueryBlock& block, std::int32_t past_pages, std::uint64_t* words) {
   const ForcedRanges ranges = forced_ranges(input.forced, block, input.page_tokens, past_pages);

@@ -4,6 +4,16 @@
 
 namespace compact {
 
+std::int32_t span_tokens_of(const UnionOptions& options, std::int32_t heads_per_unit) noexcept {
+  switch (options.mode) {
+    case UnionMode::kPaper: return 0;
+    case UnionMode::kSpan: return options.span_tokens;
+    case UnionMode::kTile:
+    case UnionMode::kAdaptive: break;
+  }
+  return tile_span_tokens(heads_per_unit);
+}
+
 std::vector<QuerySpan> make_spans(const ChunkView& chunk, std::int32_t span_tokens, std::span<const QueryBlock> blocks,
                                   std::int32_t first_block) {
   std::vector<QuerySpan> spans;

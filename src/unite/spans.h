@@ -5,8 +5,10 @@
 #include <span>
 #include <vector>
 
+#include "compact/block_union.h"
 #include "compact/selector.h"
 #include "compact/tensor_view.h"
+#include "src/core/host_device.h"
 
 namespace compact {
 
@@ -14,10 +16,13 @@ namespace compact {
 inline constexpr std::int32_t kTileRows = 128;
 
 /// Tokens of a span that fills one M-tile: 128 / hpt, hpt = largest power of two that divides heads_per_unit.
-[[nodiscard]] constexpr std::int32_t tile_span_tokens(std::int32_t heads_per_unit) noexcept {
+[[nodiscard]] CA_HOST_DEVICE constexpr std::int32_t tile_span_tokens(std::int32_t heads_per_unit) noexcept {
   const std::int32_t heads_per_tile = heads_per_unit & -heads_per_unit;
   return heads_per_tile < kTileRows ? kTileRows / heads_per_tile : 1;
 }
+
+/// Length of the mode's spans (kAdaptive: of its leaves); 0: the whole chunk.
+[[nodiscard]] std::int32_t span_tokens_of(const UnionOptions& options, std::int32_t heads_per_unit) noexcept;
 
 struct QuerySpan {
   std::int32_t index = 0;        // floor(position / span tokens), absolute

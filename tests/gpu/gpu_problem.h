@@ -217,6 +217,8 @@ class DeviceProblem {
     input.softmax_scale = 1.0F / std::sqrt(static_cast<float>(s.head_dim));
   }
 
+  /// [B][pages]  physical page of each logical page.
+  const std::vector<std::vector<std::int32_t>>& tables() const { return tables_; }
   /// After a change of `units` or `page_ids` on the host (same sizes).
   void upload_lists() {
     units_.upload(units);

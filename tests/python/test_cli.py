@@ -104,6 +104,25 @@ def test_doctor(cli, demo_dir, tmp_path):
     assert json.loads(out.read_text())["model"]["architecture"] == "LlamaForCausalLM"
 
 
+def test_bench_step_sums_its_stages_at_the_wanted_density(cli, tmp_path):
+    out = tmp_path / "step.json"
+    run(cli, "bench", "step", "--backend", "cpu", "--context", "8192,4096", "--chunk", "512", "--density", "0.2",
+        "--repeats", "1", "--threads", "2", "--json", out)
+    figures = json.loads(out.read_text())
+    stages = [figures[f"{stage}_seconds"] for stage in ("select", "unite", "attention")]
+    assert all(seconds > 0 for seconds in stages) and figures["step_seconds"] == pytest.approx(sum(stages))
+    assert figures["dense_seconds"] > 0 and figures["context"] == 8192
+    assert figures["density"] == pytest.approx(0.2, rel=0.1)
+    assert [row["name"] for row in figures["contexts"][0]["modes"]] == ["dense", "paper", "tile", "adaptive", "default policy"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--context", "512"], "holds no past"), (["--backend", "tpu"], "this build times: cpu"),
+    (["--q-heads", "7"], "a multiple of 2"), (["--json", "/nowhere/step.json"], "/nowhere/step.json")])
+def test_bench_step_names_what_is_wrong(cli, flags, message):
+    assert message in run(cli, "bench", "step", *flags, expect=2)
+
+
 def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("It was late, and the road was long. " * 700)

@@ -1,6 +1,6 @@
 #include "src/attention/sm80/launch.h"
 
-#include "src/attention/cuda/launch_kernel.h"
+#include "src/core/launch_kernel.h"
 
 namespace compact {
 namespace {

@@ -32,13 +32,6 @@
 
 namespace compact {
 
-// Byte offset of 16-byte piece `piece` of row `row` in a tile with rows of kHeadDim elements. The piece of an even
-// number more, at the same row, lies at offset ^ (16 * number): what the fragment loops use.
-template <std::int32_t kHeadDim>
-__device__ constexpr std::uint32_t sm80_piece_offset(std::int32_t row, std::int32_t piece) {
-  return static_cast<std::uint32_t>(row * kHeadDim * 2 + ((piece ^ (row & 7)) * 16));
-}
-
 // Starts the copy of KV tile `tile_idx` of a list: BN rows of one head of K or V.
 template <std::int32_t kHeadDim>
 __device__ __forceinline__ void sm80_load_kv(std::uint32_t shared, const void* cache, const PrefillParams& p,
@@ -73,7 +66,7 @@ __device__ __forceinline__ void sm80_load_kv(std::uint32_t shared, const void* c
       const std::int32_t row_in_page = (first_token + row) & ((1 << page_shift) - 1);
       const bool valid = static_cast<std::uint32_t>(page[i]) < static_cast<std::uint32_t>(p.num_pages);
       const std::uint16_t* from = head + (valid ? page[i] * p.kv_page_stride + row_in_page * p.kv_token_stride : 0);
-      ptx::cp_async_16(shared + sm80_piece_offset<kHeadDim>(first_row + row, piece), from, valid);
+      ptx::cp_async_16(shared + ptx::swizzled_piece_offset<kHeadDim>(first_row + row, piece), from, valid);
     }
   }
 }
@@ -92,7 +85,7 @@ __device__ __forceinline__ void sm80_load_q(std::uint32_t shared, const PrefillP
     const bool valid = token < item.q_rows_valid;
     const auto* from = static_cast<const std::uint16_t*>(p.q) +
                        (valid ? (item.q_row + token) * p.q_token_stride + head * p.q_head_stride : 0);
-    ptx::cp_async_16(shared + sm80_piece_offset<kHeadDim>(row, piece), from + piece * 8, valid);
+    ptx::cp_async_16(shared + ptx::swizzled_piece_offset<kHeadDim>(row, piece), from + piece * 8, valid);
   }
 }
 
@@ -117,8 +110,8 @@ __global__ void __launch_bounds__(sm80_tile(kHeadDim).threads(), 2) sm80_prefill
 
   // This lane's rows of the 8x8 matrices of a fragment, for the first step: of Q (from the warp's first row) and V, and
   // of K.
-  std::uint32_t lane_qv = sm80_piece_offset<kHeadDim>(lane % 16, lane / 16);
-  std::uint32_t lane_k = sm80_piece_offset<kHeadDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  std::uint32_t lane_qv = ptx::swizzled_piece_offset<kHeadDim>(lane % 16, lane / 16);
+  std::uint32_t lane_k = ptx::swizzled_piece_offset<kHeadDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
   ptx::griddep_wait();
   const std::int32_t num_items = *p.num_items;

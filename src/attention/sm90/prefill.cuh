@@ -17,7 +17,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "src/attention/cuda/launch_kernel.h"
+#include "src/core/launch_kernel.h"
 #include "src/attention/epilogue.cuh"
 #include "src/attention/mask.cuh"
 #include "src/attention/sm90/arguments.h"

@@ -36,7 +36,7 @@ struct Sm90Tile {
 };
 
 inline constexpr Sm90Tile kSm90TileD64{64, 192, 128, 4, true, false, false};
-inline constexpr Sm90Tile kSm90TileD128{128, 128, 128, 3, true, true, false};
+inline constexpr Sm90Tile kSm90TileD128{128, 128, 128, 3, true, true, true};
 inline constexpr Sm90Tile kSm90TileD256{256, 128, 64, 2, true, false, false};
 
 // The tile that sm90_launch_prefill uses for a head dimension; rows == 0: there is no kernel.

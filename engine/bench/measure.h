@@ -1,4 +1,4 @@
-/// What the micro benchmarks share: clocks, medians, made-up data, output.
+/// What benchmarks share: clocks, medians, made-up data, output.
 #pragma once
 
 #include <fmt/format.h>

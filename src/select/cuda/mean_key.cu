@@ -1,0 +1,368 @@
+// The mean-key rule of selector.h (packed tiles, visible kFull, row norm, vote max), one kernel from Q and means to
+// mask words. A CTA owns a tile: 128 packed rows (128/G tokens x G heads) of one KV head against all its scored pages.
+//
+// A page is wanted iff some row's score reaches that row's cut = log-sum-exp over all pages + log(share): known only
+// after the last page. 128 rows x 1024 pages of scores do not fit an SM, and computing them twice costs as much as
+// computing them (B8 Hq16 Hkv4 C1024 L128K: 34 GFLOP, about 60 us of mma.sync a pass). Instead the pass keeps
+// candidates: the sum grows from page to page, so a score below the cut of the pages seen so far never reaches the
+// final one. With a share of 1/10 a row meets a dozen or so of them, and the rest is forgotten. Candidates beyond the
+// room of a warp's list cost the tile a second pass, which compares with the final cut; both ways use the same scores
+// and the same cut, so the bits do not depend on which was taken.
+//
+//   warps      4 of 32 rows (head dimension 256: 8 of 16): a fragment of means read from shared memory serves 2 MMAs
+//   Q          fragments in registers, loaded once through stages 1 and 2 of the ring
+//   ring       3 stages of 64 means, gathered through the page table by cp.async
+//   row        maximum and sum in base 2, as in flash attention; nothing is rescaled but the sum
+//
+// The vote is an OR of rows, so warps meet only in the mask words, by integer atomics: same input, same bits.
+#include <cmath>
+#include <cstdint>
+
+#include "src/core/count_bits.h"
+#include "src/core/launch_kernel.h"
+#include "src/ptx/control.cuh"
+#include "src/ptx/cp_async.cuh"
+#include "src/ptx/ldmatrix.cuh"
+#include "src/ptx/mma_sync.cuh"
+#include "src/ptx/quad.cuh"
+#include "src/ptx/shared_address.cuh"
+#include "src/select/cuda/launch.h"
+
+namespace compact {
+namespace {
+
+constexpr std::int32_t kRows = 128;  // packed rows of a tile
+constexpr std::int32_t kPages = 64;  // of a stage
+constexpr std::int32_t kStages = 3;
+constexpr std::int32_t kCandidates = 3072;   // room of the tile, shared out evenly to the warps
+constexpr float kCutSlackLog2 = 1.0f / 512;  // rounding of the running cut; candidates are judged again
+
+struct Candidate {
+  float score;
+  std::uint32_t row_and_page;  // row in the warp in the low 5 bits
+};
+
+template <std::int32_t kHeadDim>
+struct MeanKeyTile {
+  static constexpr std::int32_t kRowBlocks = kHeadDim == 256 ? 1 : 2;  // m16 blocks of a warp
+  static constexpr std::int32_t kWarps = kRows / 16 / kRowBlocks;
+  static constexpr std::int32_t kThreads = 32 * kWarps;
+  static constexpr std::int32_t kStageBytes = kPages * kHeadDim * 2;
+  static constexpr std::int32_t kWarpCandidates = kCandidates / kWarps;
+  static constexpr std::int32_t kCtasPerSm = kHeadDim == 256 ? 1 : 3;
+
+  static constexpr std::int32_t smem_bytes(std::int32_t words_per_row) {
+    return kStages * kStageBytes + kCandidates * static_cast<std::int32_t>(sizeof(Candidate)) + words_per_row * 8;
+  }
+};
+
+// A tile's place in the step, in shared memory: registers are full.
+struct Tile {
+  const std::int32_t* table;  // [Kb]
+  std::uint64_t* mask_row;    // [words_per_row]
+  std::int32_t q_begin;
+  std::int32_t kv_head;
+  std::int32_t rows;        // tokens x G; 0: nothing to do
+  std::int32_t past_pages;  // Np
+  std::int32_t end;         // pages [0, end) end at or before the block's first token
+  std::int32_t num_scored;  // of these, pages that have a mean
+  float candidate_margin;   // log2 of the least threshold, minus the slack
+};
+
+// Starts the copy of the means of pages [first, first + kPages); past the end and outside the cache: zeros.
+template <std::int32_t kHeadDim>
+__device__ __forceinline__ void load_means(std::uint32_t shared, const MeanKeyArgs& args, const Tile& tile,
+                                           std::int32_t first) {
+  constexpr std::int32_t kPieces = kHeadDim / 8;
+  constexpr std::int32_t kRowsPerPass = MeanKeyTile<kHeadDim>::kThreads / kPieces;
+  constexpr std::int32_t kPasses = kPages / kRowsPerPass;
+  std::int32_t thread = static_cast<std::int32_t>(threadIdx.x);
+  asm volatile("" : "+r"(thread), "+r"(first));  // opaque: nothing derived from it is kept from stage to stage
+  const std::int32_t piece = thread % kPieces;
+  const std::int32_t first_row = thread / kPieces;
+  const std::uint16_t* means = args.mean_k + tile.kv_head * kHeadDim + piece * 8;
+  const std::int64_t page_stride = std::int64_t{args.num_kv_heads} * kHeadDim;
+  constexpr std::int32_t kGroup = 4;  // ids of a group first: one wait for the table instead of one per row
+  static_assert(kPasses % kGroup == 0, "groups fill the passes evenly");
+#pragma unroll
+  for (std::int32_t group = 0; group < kPasses; group += kGroup) {
+    std::int32_t page[kGroup];
+#pragma unroll
+    for (std::int32_t i = 0; i < kGroup; ++i) {
+      const std::int32_t j = first + first_row + (group + i) * kRowsPerPass;
+      page[i] = j < tile.end ? tile.table[j] : -1;
+    }
+#pragma unroll
+    for (std::int32_t i = 0; i < kGroup; ++i) {
+      const std::int32_t row = first_row + (group + i) * kRowsPerPass;
+      const bool valid = page[i] >= 0;
+      ptx::cp_async_16(shared + ptx::swizzled_piece_offset<kHeadDim>(row, piece),
+                       means + (valid ? page[i] * page_stride : 0), valid);
+    }
+  }
+}
+
+// Starts the copy of the tile's query rows; rows that do not exist become zeros.
+template <std::int32_t kHeadDim>
+__device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKeyArgs& args, const Tile& tile) {
+  constexpr std::int32_t kPieces = kHeadDim / 8;
+  constexpr std::int32_t kRowsPerPass = MeanKeyTile<kHeadDim>::kThreads / kPieces;
+  const std::int32_t piece = static_cast<std::int32_t>(threadIdx.x) % kPieces;
+  for (std::int32_t row = static_cast<std::int32_t>(threadIdx.x) / kPieces; row < kRows; row += kRowsPerPass) {
+    const bool valid = row < tile.rows;
+    const std::int32_t token = row / args.group;
+    const std::int32_t head = tile.kv_head * args.group + row - token * args.group;
+    const std::int64_t from = valid ? (tile.q_begin + token) * args.q_token_stride + head * args.q_head_stride : 0;
+    ptx::cp_async_16(shared + ptx::swizzled_piece_offset<kHeadDim>(row, piece), args.q + from + piece * 8, valid);
+  }
+}
+
+// Bits of the 64 pages from `first` on that have a mean: complete pages before the end, and of the chunk's own pages
+// those whose mean covers them.
+__device__ __forceinline__ std::uint64_t scored_pages(const MeanKeyArgs& args, const Tile& tile, std::int32_t first,
+                                                      std::int32_t lane) {
+  if (first + kPages <= tile.past_pages) return ~std::uint64_t{0};
+  const auto scored = [&](std::int32_t j) {
+    return j < tile.end &&
+           (j < tile.past_pages || args.mean_tokens == nullptr || args.mean_tokens[tile.table[j]] == args.page_tokens);
+  };
+  const std::uint32_t low = __ballot_sync(0xffffffffu, scored(first + lane));
+  const std::uint32_t high = __ballot_sync(0xffffffffu, scored(first + 32 + lane));
+  return std::uint64_t{high} << 32 | low;
+}
+
+template <ptx::MmaType kType, std::int32_t kHeadDim>
+__global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<kHeadDim>::kCtasPerSm)
+    mean_key_kernel(const MeanKeyArgs args) {
+  using Shape = MeanKeyTile<kHeadDim>;
+  constexpr std::int32_t kRowBlocks = Shape::kRowBlocks;
+  constexpr std::int32_t kSteps = kHeadDim / 16;
+
+  // Aligned to more than a row, so that fragment loops may flip address bits within one.
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  __shared__ Tile tile;
+  __shared__ float cuts[kRows];
+  __shared__ std::int32_t num_candidates[Shape::kWarps];
+  __shared__ std::int32_t num_bad_rows;
+  const std::uint32_t ring = ptx::shared_address(shared_memory);
+  auto* candidates = reinterpret_cast<Candidate*>(shared_memory + kStages * Shape::kStageBytes);
+  auto* words = reinterpret_cast<unsigned*>(candidates + kCandidates);  // [2 * words_per_row]
+
+  ptx::griddep_wait();
+  ptx::griddep_launch_dependents();
+  const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.num_kv_heads;
+  if (block_idx >= args.tables.header->num_blocks) return;
+  if (threadIdx.x == 0) {
+    const QueryBlock block = args.tables.blocks[block_idx];
+    const StepChunk chunk = args.tables.chunks[block.chunk];
+    tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
+    tile.q_begin = block.q_begin;
+    tile.kv_head = static_cast<std::int32_t>(blockIdx.x) % args.num_kv_heads;
+    tile.mask_row = args.mask + (std::int64_t{tile.kv_head} * args.max_blocks + block_idx) * args.words_per_row;
+    tile.rows = block.tokens * args.group;
+    tile.past_pages = chunk.chunk_start / args.page_tokens;
+    tile.end = block.first_position / args.page_tokens;
+    tile.num_scored = tile.end;
+    tile.candidate_margin = log2f(fmaxf(args.share, args.lift / static_cast<float>(tile.end))) - kCutSlackLog2;
+    num_bad_rows = 0;
+  }
+  __syncthreads();
+  if (tile.rows == 0) return;
+
+  auto thread = static_cast<std::int32_t>(threadIdx.x);
+  if (args.share <= 0 || tile.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
+    for (std::int32_t w = thread; w < args.words_per_row; w += Shape::kThreads) {
+      tile.mask_row[w] = bits_in_word(0, tile.past_pages, w);
+    }
+    return;
+  }
+
+  const auto num_stages = [&] { return (tile.end + kPages - 1) / kPages; };
+  const auto lane = [&] { return thread % 32; };
+  const auto warp = [&] { return thread / 32; };
+  const auto warp_row = [&] { return thread / 32 * kRowBlocks * 16; };
+  const auto row_of = [&](std::int32_t b, std::int32_t h) { return warp_row() + 16 * b + 8 * h + lane() / 4; };
+  load_means<kHeadDim>(ring, args, tile, 0);
+  load_queries<kHeadDim>(ring + Shape::kStageBytes, args, tile);
+  ptx::cp_async_commit();
+  for (std::int32_t w = thread; w < 2 * args.words_per_row; w += Shape::kThreads) words[w] = 0;
+  if (lane() == 0) num_candidates[warp()] = 0;
+
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  std::uint32_t q[kRowBlocks][kSteps][4];
+#pragma unroll
+  for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+    const std::uint32_t lane_q = ring + Shape::kStageBytes +
+                                 ptx::swizzled_piece_offset<kHeadDim>(warp_row() + b * 16 + lane() % 16, lane() / 16);
+#pragma unroll
+    for (std::int32_t step = 0; step < kSteps; ++step) {
+      ptx::ldmatrix_x4(q[b][step], lane_q ^ static_cast<std::uint32_t>(step * 32));
+    }
+  }
+  __syncthreads();  // stages 1 and 2 are free
+
+  // Scores are products without the scale; row b, h of this thread is warp_row + 16 b + 8 h + lane / 4.
+  float row_max[kRowBlocks][2], row_sum[kRowBlocks][2];  // the sum of this thread's columns
+#pragma unroll
+  for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+    row_max[b][0] = row_max[b][1] = -INFINITY;
+    row_sum[b][0] = row_sum[b][1] = 0.0f;
+  }
+
+  for (std::int32_t pass = 0; pass < 2; ++pass) {
+    if (pass == 1) load_means<kHeadDim>(ring, args, tile, 0), ptx::cp_async_commit();
+    if (num_stages() > 1) load_means<kHeadDim>(ring + Shape::kStageBytes, args, tile, kPages);
+    ptx::cp_async_commit();
+    for (std::int32_t u = 0; u < num_stages(); ++u) {
+      ptx::cp_async_wait<1>();
+      __syncthreads();  // stage u landed for everyone, and everyone is done with stage u - 1
+      if (u + 2 < num_stages()) {
+        load_means<kHeadDim>(ring + static_cast<std::uint32_t>((u + 2) % kStages * Shape::kStageBytes), args, tile,
+                             (u + 2) * kPages);
+      }
+      ptx::cp_async_commit();
+
+      asm volatile("" : "+r"(thread));  // opaque: what is derived from it would take registers from stage to stage
+      const std::uint32_t stage = ring + static_cast<std::uint32_t>(u % kStages * Shape::kStageBytes) +
+                                  ptx::swizzled_piece_offset<kHeadDim>(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+      float s[kRowBlocks][kPages / 2] = {};
+#pragma unroll
+      for (std::int32_t step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (std::int32_t j = 0; j < kPages / 8; j += 2) {
+          std::uint32_t means[4];  // pages 8j..8j+7 and the eight after them
+          ptx::ldmatrix_x4(means, (stage ^ static_cast<std::uint32_t>(step * 32)) +
+                                      static_cast<std::uint32_t>(j * 8 * kHeadDim * 2));
+#pragma unroll
+          for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+            ptx::mma_m16n8k16<kType>(&s[b][4 * j], q[b][step], means[0], means[1]);
+            ptx::mma_m16n8k16<kType>(&s[b][4 * j + 4], q[b][step], means[2], means[3]);
+          }
+        }
+      }
+
+      const std::int32_t first_page =
+          u * kPages + lane() % 4 * 2;  // of this thread's columns; column i / 4 * 8 + i % 2
+      if ((u + 1) * kPages > tile.past_pages) {
+        const std::uint64_t scored = scored_pages(args, tile, u * kPages, lane());
+        if (pass == 0 && thread == 0) {
+          const std::int32_t before_end = tile.end - u * kPages;
+          tile.num_scored -= (before_end < kPages ? before_end : kPages) - count_bits(scored);
+        }
+        const std::uint64_t own = scored >> (lane() % 4 * 2);
+#pragma unroll
+        for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+#pragma unroll
+          for (std::int32_t i = 0; i < kPages / 2; ++i) {
+            if ((own >> (i / 4 * 8 + i % 2) & 1) == 0) s[b][i] = -INFINITY;
+          }
+        }
+      }
+
+#pragma unroll
+      for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+#pragma unroll
+        for (std::int32_t h = 0; h < 2; ++h) {
+          float largest = fmaxf(s[b][2 * h], s[b][2 * h + 1]);
+#pragma unroll
+          for (std::int32_t i = 4 + 2 * h; i < kPages / 2; i += 4)
+            largest = fmaxf(largest, fmaxf(s[b][i], s[b][i + 1]));
+          float cut;
+          if (pass == 0) {
+            const float new_max = fmaxf(row_max[b][h], ptx::quad_max(largest));
+            const float shift = new_max == -INFINITY ? 0.0f : new_max * args.scale_log2;
+            float sum_even = row_sum[b][h] * ptx::fast_exp2(fmaf(row_max[b][h], args.scale_log2, -shift)),
+                  sum_odd = 0.0f;
+#pragma unroll
+            for (std::int32_t i = 2 * h; i < kPages / 2; i += 4) {
+              sum_even += ptx::fast_exp2(fmaf(s[b][i], args.scale_log2, -shift));
+              sum_odd += ptx::fast_exp2(fmaf(s[b][i + 1], args.scale_log2, -shift));
+            }
+            row_max[b][h] = new_max;
+            row_sum[b][h] = sum_even + sum_odd;
+            cut = fmaf(__log2f(ptx::quad_sum(row_sum[b][h])) + tile.candidate_margin, args.inverse_scale, new_max);
+          } else {
+            cut = cuts[row_of(b, h)];
+          }
+          if (!(largest >= cut) || row_of(b, h) >= tile.rows) continue;
+#pragma unroll
+          for (std::int32_t k = 0; k < kPages / 4; ++k) {
+            const float score = s[b][k / 2 * 4 + 2 * h + k % 2];
+            const std::int32_t page = first_page + k / 2 * 8 + k % 2;
+            if (!(score >= cut) || page >= tile.past_pages) continue;
+            if (pass == 0) {
+              const std::int32_t at = atomicAdd(&num_candidates[warp()], 1);
+              if (at < Shape::kWarpCandidates) {
+                candidates[warp() * Shape::kWarpCandidates + at] = {
+                    score, static_cast<std::uint32_t>(page << 5 | (row_of(b, h) - warp_row()))};
+              }
+            } else {
+              atomicOr(&words[page / 32], 1u << page % 32);
+            }
+          }
+        }
+      }
+    }
+    if (pass == 1) break;
+
+    __syncthreads();  // num_scored
+    // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
+    const float threshold = fmaxf(args.share, args.lift / static_cast<float>(tile.num_scored));
+#pragma unroll
+    for (std::int32_t b = 0; b < kRowBlocks; ++b) {
+#pragma unroll
+      for (std::int32_t h = 0; h < 2; ++h) {
+        const float sum = ptx::quad_sum(row_sum[b][h]);
+        if (lane() % 4 != 0) continue;
+        cuts[row_of(b, h)] = fmaf(log2f(sum) + log2f(threshold), args.inverse_scale, row_max[b][h]);
+        if (!(sum > 0.0f && sum < INFINITY) && row_of(b, h) < tile.rows) atomicAdd(&num_bad_rows, 1);
+      }
+    }
+    __syncwarp();  // the warp's candidates are counted
+    const bool overflow = __syncthreads_or(num_candidates[warp()] > Shape::kWarpCandidates) != 0;
+    if (num_bad_rows > 0) break;
+    if (overflow) continue;
+    for (std::int32_t i = lane(); i < num_candidates[warp()]; i += 32) {
+      const Candidate candidate = candidates[warp() * Shape::kWarpCandidates + i];
+      if (!(candidate.score >= cuts[warp_row() + static_cast<std::int32_t>(candidate.row_and_page & 31)])) continue;
+      const std::uint32_t page = candidate.row_and_page >> 5;
+      atomicOr(&words[page / 32], 1u << page % 32);
+    }
+    break;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  for (std::int32_t w = thread; w < args.words_per_row; w += Shape::kThreads) {
+    tile.mask_row[w] =
+        num_bad_rows > 0 ? bits_in_word(0, tile.past_pages, w) : std::uint64_t{words[2 * w + 1]} << 32 | words[2 * w];
+  }
+  if (thread == 0 && num_bad_rows > 0 && args.nonfinite_rows != nullptr) {
+    atomicAdd(args.nonfinite_rows, static_cast<unsigned long long>(num_bad_rows));
+  }
+}
+
+template <std::int32_t kHeadDim>
+cudaError_t launch(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
+  using Shape = MeanKeyTile<kHeadDim>;
+  const auto kernel = args.dtype == DType::kF16 ? mean_key_kernel<ptx::MmaType::kF16, kHeadDim>
+                                                : mean_key_kernel<ptx::MmaType::kBf16, kHeadDim>;
+  const std::int32_t smem_bytes = Shape::smem_bytes(args.words_per_row);
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, args.max_blocks * args.num_kv_heads, Shape::kThreads, smem_bytes, pdl, stream, args);
+}
+
+}  // namespace
+
+cudaError_t launch_mean_key(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
+  switch (args.head_dim) {
+    case 64: return launch<64>(args, pdl, stream);
+    case 128: return launch<128>(args, pdl, stream);
+    case 256: return launch<256>(args, pdl, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace compact

@@ -1,0 +1,63 @@
+// Where everything of a step lies, on the device: written once per step by the plan kernel (src/unite/cuda), read by
+// selection and union of every layer. No CUDA types.
+#pragma once
+
+#include <cstdint>
+
+#include "compact/selector.h"
+#include "compact/step_cuda.h"
+#include "src/core/host_device.h"
+
+namespace compact {
+
+// Host numbers of a step, checked.
+struct StepShape {
+  std::int32_t num_chunks = 0;
+  std::int32_t num_q_tokens = 0;
+  std::int32_t max_context_tokens = 0;
+  std::int32_t num_table_rows = 0;
+  std::int32_t num_pages = 0;
+  std::int32_t num_kv_heads = 0;
+  std::int32_t group = 1;           // G
+  std::int32_t heads_per_unit = 1;  // divides G
+  std::int32_t sub_groups = 1;      // Hq / heads_per_unit
+  std::int32_t page_tokens = 0;
+  std::int32_t block_tokens = 0;  // Bq, a power of two that divides P
+  std::int32_t span_tokens = 0;   // 0: one span, the whole chunk
+  std::int32_t max_blocks = 0;
+  std::int32_t max_spans = 0;
+  std::int32_t words_per_row = 0;
+  std::int32_t list_capacity = 0;  // entries of a list
+};
+
+// A chunk and the places of its query blocks and spans. A chunk with a mistake has no tokens; its places stay empty.
+struct StepChunk {
+  std::int32_t q_begin = 0;
+  std::int32_t chunk_tokens = 0;
+  std::int32_t chunk_start = 0;
+  std::int32_t table_row = 0;
+  std::int32_t first_block = 0;
+  std::int32_t first_span = 0;
+  std::int32_t num_spans = 0;
+  std::int32_t reserved = 0;
+};
+static_assert(sizeof(StepChunk) == 32);
+
+struct StepHeader {
+  std::int32_t num_blocks = 0;
+  std::int32_t num_units = 0;  // places of units, those that a merge leaves empty included
+};
+
+struct StepTables {
+  StepHeader* header = nullptr;  // [1]
+  StepChunk* chunks = nullptr;   // [num_chunks]
+  QueryBlock* blocks = nullptr;  // [max_blocks]  tokens 0: nothing to do
+};
+
+// Runs of positions with equal floor(position / length) that [start, start + tokens) meets; length 0: one run.
+CA_HOST_DEVICE constexpr std::int32_t num_runs(std::int32_t start, std::int32_t tokens, std::int32_t length) {
+  if (tokens <= 0) return 0;
+  return length == 0 ? 1 : (start + tokens - 1) / length - start / length + 1;
+}
+
+}  // namespace compact

@@ -1,0 +1,277 @@
+// Union and page lists of one tree: the spans of one (chunk, sub-group of query heads). One algorithm for the device
+// and for the tests; the same units as src/unite/{span_unions,span_tree,block_union}.cc, by other loops:
+//
+//   leaves   every span ORs the mask rows and forced pages of its query blocks                  one warp per span
+//   levels   kAdaptive: node i of level l joins its two children if one unit costs no more      one warp per node
+//   emit     the unit of a span is its highest joined ancestor; the first span's place holds it, the others are empty
+//
+// `Team` supplies warps of lanes:
+//   warp(), num_warps()   this warp and their number
+//   lane(), lanes()       this lane and their number
+//   warp_sum(x)           sum over the lanes, 64 bits
+//   sum(x)                sum over all lanes of all warps; a barrier
+//   sync()                barrier
+#pragma once
+
+#include "src/core/count_bits.h"
+#include "src/select/cuda/step_tables.h"
+#include "src/select/forced_rule.h"
+#include "src/unite/cost_model.h"
+
+namespace compact {
+
+// A node of the tree; leaves are level 0.
+struct UniteNode {
+  std::int64_t cost = 0;    // of the best units under it
+  std::int64_t wanted = 0;  // rows * pages before the union
+  std::int32_t tokens = 0;
+  std::int32_t pages = 0;   // past pages of its union
+  std::int32_t joined = 0;  // one unit; leaves always
+  std::int32_t reserved = 0;
+};
+static_assert(sizeof(UniteNode) == 32);
+
+struct UniteArgs {
+  StepShape shape;
+  StepTables tables;
+  const std::int32_t* page_tables = nullptr;
+  std::int64_t page_table_stride = 0;
+  const std::uint64_t* mask = nullptr;  // [Hkv, max_blocks, words_per_row]
+  ForcedPages forced;
+  bool adaptive = false;
+  std::int32_t max_inflation_1024ths = 0;
+  CostModel cost;
+  std::uint64_t* node_words = nullptr;  // scratch [max_nodes, words_per_row]
+  UniteNode* nodes = nullptr;           // scratch [max_nodes]
+  CudaPageLists lists;
+};
+
+// n consecutive spans have at most n / 2^l + 2 nodes at level l, and positions below 2^31 give at most 31 levels.
+constexpr std::int32_t kExtraNodesPerTree = 64;
+constexpr std::int64_t max_unite_nodes(std::int64_t max_spans, std::int64_t num_chunks, std::int64_t sub_groups) {
+  return sub_groups * (2 * max_spans + kExtraNodesPerTree * num_chunks);
+}
+
+// Nodes of one level: absolute indices [first, first + count), at `base` in the tree's scratch.
+struct UniteLevel {
+  std::int32_t first = 0;
+  std::int32_t count = 0;
+  std::int32_t base = 0;
+};
+
+class UniteTree {
+ public:
+  CA_HOST_DEVICE UniteTree(const UniteArgs& args, std::int32_t tree)
+      : args_(args), chunk_(args.tables.chunks[tree / args.shape.sub_groups]), tree_(tree) {
+    const StepShape& s = args.shape;
+    first_slot_ = chunk_.first_span * s.sub_groups + tree % s.sub_groups * chunk_.num_spans;
+    const std::int64_t first_node = std::int64_t{2} * first_slot_ + std::int64_t{kExtraNodesPerTree} * tree;
+    nodes_ = args.nodes + first_node;
+    words_ = args.node_words + first_node * s.words_per_row;
+    past_pages_ = chunk_.chunk_start / s.page_tokens;
+    chunk_pages_ = num_runs(0, chunk_.chunk_start + chunk_.chunk_tokens, s.page_tokens) - past_pages_;
+    leaves_ = {s.span_tokens == 0 ? 0 : chunk_.chunk_start / s.span_tokens, chunk_.num_spans, 0};
+    if (args.adaptive) {  // the root holds the first and the last leaf
+      const auto differing = static_cast<std::uint32_t>(leaves_.first ^ (leaves_.first + leaves_.count - 1));
+      while (num_levels_ < 32 && differing >> num_levels_ != 0) ++num_levels_;
+    }
+  }
+
+  template <class Team>
+  CA_HOST_DEVICE void run(Team& team) {
+    UnionStats& stats = args_.lists.stats[tree_];
+    if (chunk_.chunk_tokens == 0) {
+      for (std::int32_t k = team.warp(); k < chunk_.num_spans; k += team.num_warps()) leave_empty(team, k);
+      if (team.warp() == 0 && team.lane() == 0) stats = UnionStats{};
+      return;
+    }
+    std::int64_t wanted = 0, listed = 0;  // rows * pages of this warp's leaves and units, the sum in lane 0
+    for (std::int32_t k = team.warp(); k < leaves_.count; k += team.num_warps()) wanted += unite_leaf(team, k);
+    UniteLevel below = leaves_;
+    for (std::int32_t level = 1; level <= num_levels_; ++level) {
+      team.sync();
+      const UniteLevel here = above(below);
+      for (std::int32_t i = team.warp(); i < here.count; i += team.num_warps()) join(team, below, here, i);
+      below = here;
+    }
+    team.sync();
+    for (std::int32_t k = team.warp(); k < leaves_.count; k += team.num_warps()) listed += emit(team, k);
+    wanted = team.sum(wanted);
+    listed = team.sum(listed);
+    if (team.warp() == 0 && team.lane() == 0) {
+      stats.listed_row_pages = listed;
+      stats.wanted_row_pages = wanted;
+      stats.visible_row_pages = std::int64_t{chunk_.chunk_tokens} * args_.shape.heads_per_unit * past_pages_;
+    }
+  }
+
+ private:
+  struct Tokens {  // of the chunk, absolute positions
+    std::int32_t begin = 0;
+    std::int32_t end = 0;
+  };
+  // Run `index` of `length` tokens, as far as the chunk reaches; length 0: the whole chunk.
+  CA_HOST_DEVICE Tokens tokens_of(std::int32_t index, std::int32_t length) const {
+    const std::int32_t chunk_end = chunk_.chunk_start + chunk_.chunk_tokens;
+    if (length == 0) return {chunk_.chunk_start, chunk_end};
+    const std::int64_t begin = std::int64_t{index} * length;  // a span's end may pass 2^31
+    return {begin < chunk_.chunk_start ? chunk_.chunk_start : static_cast<std::int32_t>(begin),
+            begin + length < chunk_end ? static_cast<std::int32_t>(begin + length) : chunk_end};
+  }
+  CA_HOST_DEVICE std::int64_t cost_of(std::int32_t tokens, std::int32_t past_pages) const {
+    return cost_of_unit(args_.cost, tokens, args_.shape.heads_per_unit, past_pages + chunk_pages_,
+                        args_.shape.page_tokens);
+  }
+  CA_HOST_DEVICE std::uint64_t* words_of(std::int32_t node) const {
+    return words_ + std::int64_t{node} * args_.shape.words_per_row;
+  }
+  CA_HOST_DEVICE static UniteLevel above(const UniteLevel& below) {
+    const std::int32_t first = below.first >> 1;
+    return {first, ((below.first + below.count - 1) >> 1) - first + 1, below.base + below.count};
+  }
+
+  // Returns the rows * pages that its query blocks want, in lane 0.
+  template <class Team>
+  CA_HOST_DEVICE std::int64_t unite_leaf(Team& team, std::int32_t k) {
+    const StepShape& s = args_.shape;
+    const Tokens span = tokens_of(leaves_.first + k, s.span_tokens);
+    const std::int32_t kv_head = tree_ % s.sub_groups * s.heads_per_unit / s.group;
+    const std::int32_t first_block = chunk_.chunk_start / s.block_tokens;
+    const std::int64_t first_row = std::int64_t{kv_head} * s.max_blocks + chunk_.first_block - first_block;
+    std::int64_t pages = 0, wanted = 0;
+    for (std::int32_t w = team.lane(); w < s.words_per_row; w += team.lanes()) {
+      const std::uint64_t past = bits_in_word(0, past_pages_, w);
+      std::uint64_t united = 0;
+      CA_DEVICE_UNROLL_4  // reads of four rows are on their way at once
+          for (std::int32_t i = span.begin / s.block_tokens; i <= (span.end - 1) / s.block_tokens; ++i) {
+        const Tokens block = tokens_of(i, s.block_tokens);
+        const ForcedRanges forced =
+            forced_ranges_at(args_.forced, block.begin, block.end - block.begin, s.page_tokens, past_pages_);
+        const std::uint64_t word = (args_.mask[(first_row + i) * s.words_per_row + w] & past) |
+                                   bits_in_word(0, forced.sink_end, w) |
+                                   bits_in_word(forced.window_begin, forced.window_end, w);
+        const std::int32_t tokens =
+            (block.end < span.end ? block.end : span.end) - (block.begin > span.begin ? block.begin : span.begin);
+        wanted += std::int64_t{count_bits(word)} * tokens;
+        united |= word;
+      }
+      words_of(k)[w] = united;
+      pages += count_bits(united);
+    }
+    pages = team.warp_sum(pages);
+    wanted = team.warp_sum(wanted) * s.heads_per_unit;
+    if (team.lane() != 0) return 0;
+    const std::int32_t tokens = span.end - span.begin;
+    nodes_[k] = {
+        cost_of(tokens, static_cast<std::int32_t>(pages)), wanted, tokens, static_cast<std::int32_t>(pages), 1, 0};
+    return wanted;
+  }
+
+  // Node i of level `here` from its children in `below`: a child without a sibling is passed on.
+  template <class Team>
+  CA_HOST_DEVICE void join(Team& team, const UniteLevel& below, const UniteLevel& here, std::int32_t i) {
+    const std::int32_t left = 2 * (here.first + i) - below.first;
+    const std::int32_t right = left + 1;
+    const bool has_left = left >= 0;
+    const bool has_right = right < below.count;
+    const std::uint64_t* left_words = words_of(below.base + (has_left ? left : right));
+    const std::uint64_t* right_words = words_of(below.base + (has_right ? right : left));
+    std::int64_t pages = 0;
+    for (std::int32_t w = team.lane(); w < args_.shape.words_per_row; w += team.lanes()) {
+      const std::uint64_t word = left_words[w] | right_words[w];
+      words_of(here.base + i)[w] = word;
+      pages += count_bits(word);
+    }
+    pages = team.warp_sum(pages);
+    if (team.lane() != 0) return;
+    UniteNode node = nodes_[below.base + (has_left ? left : right)];
+    node.joined = 0;
+    if (has_left && has_right) {
+      const UniteNode& other = nodes_[below.base + right];
+      node.cost += other.cost;
+      node.wanted += other.wanted;
+      node.tokens += other.tokens;
+      node.pages = static_cast<std::int32_t>(pages);
+      const std::int64_t whole = cost_of(node.tokens, node.pages);
+      const std::int64_t listed = std::int64_t{node.tokens} * args_.shape.heads_per_unit * pages;
+      const bool inflated =
+          args_.max_inflation_1024ths > 0 && listed * 1024 > node.wanted * args_.max_inflation_1024ths;
+      if (!inflated && whole <= node.cost) {  // ties: one unit
+        node.cost = whole;
+        node.joined = 1;
+      }
+    }
+    nodes_[here.base + i] = node;
+  }
+
+  // Writes the unit of span k and its list, or leaves its place empty if the unit began before. Returns the unit's
+  // rows * past pages, in lane 0.
+  template <class Team>
+  CA_HOST_DEVICE std::int64_t emit(Team& team, std::int32_t k) {
+    const StepShape& s = args_.shape;
+    std::int32_t node_idx = k, unit_level = 0;
+    UniteLevel here = leaves_;
+    for (std::int32_t level = 1; level <= num_levels_; ++level) {
+      here = above(here);
+      const std::int32_t i = here.base + ((leaves_.first + k) >> level) - here.first;
+      if (nodes_[i].joined != 0) {
+        node_idx = i;
+        unit_level = level;
+      }
+    }
+    const std::int32_t first_leaf = (leaves_.first + k) >> unit_level << unit_level;
+    if (first_leaf < leaves_.first ? k != 0 : first_leaf != leaves_.first + k) {
+      leave_empty(team, k);
+      return 0;
+    }
+    const UniteNode node = nodes_[node_idx];
+    const std::int32_t slot = first_slot_ + k;
+    const std::int32_t list_begin = slot * s.list_capacity;
+    if (team.lane() == 0) {
+      const std::int32_t q_head = tree_ % s.sub_groups * s.heads_per_unit;
+      const std::int32_t offset = tokens_of(leaves_.first + k, s.span_tokens).begin - chunk_.chunk_start;
+      AttentionUnit unit;
+      unit.q_begin = chunk_.q_begin + offset;
+      unit.q_len = node.tokens;
+      unit.q_head = q_head;
+      unit.kv_head = q_head / s.group;
+      unit.list_begin = list_begin;
+      unit.past_tokens = chunk_.chunk_start - (past_pages_ - node.pages) * s.page_tokens;
+      unit.list_tokens = unit.past_tokens + chunk_.chunk_tokens;
+      unit.causal_shift = offset;
+      args_.lists.units[slot] = unit;
+    }
+    const std::int32_t* table = args_.page_tables + chunk_.table_row * args_.page_table_stride;
+    std::int32_t* ids = args_.lists.page_ids + list_begin;
+    const std::uint64_t* words = words_of(node_idx);
+    std::int32_t before = 0;  // past pages of the words before
+    for (std::int32_t w = 0; w < s.words_per_row; ++w) {
+      const std::uint64_t word = words[w];
+      for (std::int32_t bit = team.lane(); bit < 64; bit += team.lanes()) {
+        if ((word >> bit & 1) == 0) continue;
+        ids[before + count_bits(word & ((std::uint64_t{1} << bit) - 1))] = table[w * 64 + bit];
+      }
+      before += count_bits(word);
+    }
+    for (std::int32_t j = team.lane(); j < chunk_pages_; j += team.lanes()) ids[before + j] = table[past_pages_ + j];
+    return team.lane() == 0 ? std::int64_t{node.tokens} * s.heads_per_unit * node.pages : 0;
+  }
+
+  template <class Team>
+  CA_HOST_DEVICE void leave_empty(Team& team, std::int32_t k) {
+    if (team.lane() == 0) args_.lists.units[first_slot_ + k] = AttentionUnit{};
+  }
+
+  const UniteArgs& args_;
+  StepChunk chunk_;
+  std::int32_t tree_;  // chunk * sub-groups + sub-group
+  std::int32_t first_slot_ = 0;
+  UniteNode* nodes_ = nullptr;
+  std::uint64_t* words_ = nullptr;
+  std::int32_t past_pages_ = 0;
+  std::int32_t chunk_pages_ = 0;
+  UniteLevel leaves_;
+  std::int32_t num_levels_ = 0;
+};
+
+}  // namespace compact
