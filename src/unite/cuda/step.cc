@@ -98,8 +98,6 @@ Status check_select(const CudaStepInput& input, const CudaMeanKeyInput& select) 
   return check_stride("q_head_stride", select.q_head_stride, input.num_q_heads);
 }
 
-bool nothing_to_do(const CudaStepInput& input) { return input.num_chunks == 0 || input.num_q_tokens == 0; }
-
 }  // namespace
 
 Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input) {
@@ -110,20 +108,21 @@ Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input) {
 Status plan_step_cuda(const CudaStepInput& input, std::int32_t* error, void* workspace, std::int64_t workspace_bytes,
                       void* stream) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
-  if (nothing_to_do(input)) return {};
+  if (layout.plan_ctas == 0) return {};
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_pointer("error", error, alignof(std::int32_t)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
   CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
   const PlanArgs args = plan_args(layout, input, error, workspace);
-  return cuda_status(launch_plan_step(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the plan kernel");
+  return cuda_status(launch_plan_step(args, layout.plan_ctas, pdl, static_cast<cudaStream_t>(stream)),
+                     "launch of the plan kernel");
 }
 
 Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& select, std::uint64_t* mask,
                             std::uint64_t* nonfinite_rows, void* workspace, std::int64_t workspace_bytes,
                             void* stream) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
-  if (nothing_to_do(input)) return {};
+  if (layout.select_tiles == 0) return {};
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_select(input, select));
   CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
@@ -159,18 +158,20 @@ Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* ma
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
   CA_RETURN_IF_ERROR(check_pointer("lists.num_units", lists.num_units, alignof(std::int32_t)));
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (nothing_to_do(input)) {
+  if (layout.unite_trees == 0) {
     return cuda_status(cudaMemsetAsync(lists.num_units, 0, sizeof(std::int32_t), cuda_stream), "no units");
   }
   CA_RETURN_IF_ERROR(check_step_pointers(input));
-  CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
-  CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
-  CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
+  if (layout.sizes.max_units > 0) {  // without query rows there are neither units nor a mask, but sums of every chunk
+    CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
+    CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
+    CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
+  }
   CA_RETURN_IF_ERROR(check_pointer("lists.stats", lists.stats, alignof(UnionStats)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
   CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
   const UniteArgs args = unite_args(layout, input, mask, lists, workspace);
-  return cuda_status(launch_unite(args, pdl, cuda_stream), "launch of the union kernel");
+  return cuda_status(launch_unite(args, layout.unite_trees, pdl, cuda_stream), "launch of the union kernel");
 }
 
 Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* mean_k, std::int32_t* mean_tokens,
