@@ -54,14 +54,27 @@ Status check_16_bit(const char* name, DType dtype) {
   return missing("{} is {}; kernels exist for bf16 (1), f16 (2)", name, static_cast<std::int32_t>(dtype));
 }
 
-// Programmatic dependent launch is known from 9.0 on; the kernels need 8.0.
-Result<bool> pdl_of_device() {
+// Major compute capability. Programmatic dependent launch is known from 9.0 on; the kernels need 8.0.
+constexpr int kPdlMajor = 9;
+Result<int> device_major() {
   int device = 0, major = 0;
   CA_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "no current device"));
   CA_RETURN_IF_ERROR(
       cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query"));
   if (major < 8) return missing("the device has compute capability {}.x; 8.0 or later", major);
-  return major >= 9;
+  return major;
+}
+
+// wgmma is 9.x only.
+Result<CudaBackend> select_backend(CudaBackend wanted, int major) {
+  switch (wanted) {
+    case CudaBackend::kAuto: return major == 9 ? CudaBackend::kSm90 : CudaBackend::kSm80;
+    case CudaBackend::kSm80: return wanted;
+    case CudaBackend::kSm90:
+      if (major != 9) return missing("backend sm90 on compute capability {}.x; 9.0", major);
+      return wanted;
+  }
+  return wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(wanted));
 }
 
 // The rule that the kernel knows.
@@ -112,9 +125,9 @@ Status plan_step_cuda(const CudaStepInput& input, std::int32_t* error, void* wor
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_pointer("error", error, alignof(std::int32_t)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const PlanArgs args = plan_args(layout, input, error, workspace);
-  return cuda_status(launch_plan_step(args, layout.plan_ctas, pdl, static_cast<cudaStream_t>(stream)),
+  return cuda_status(launch_plan_step(args, layout.plan_ctas, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
                      "launch of the plan kernel");
 }
 
@@ -127,7 +140,8 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
   CA_RETURN_IF_ERROR(check_select(input, select));
   CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
+  CA_ASSIGN_OR_RETURN(const CudaBackend backend, select_backend(select.backend, major));
   const StepShape& s = layout.shape;
   const MeanKeyArgs args{.tables = layout.tables(workspace),
                          .page_tables = input.page_tables,
@@ -150,7 +164,10 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
                          .lift = select.options.lift,
                          .mask = mask,
                          .nonfinite_rows = reinterpret_cast<unsigned long long*>(nonfinite_rows)};
-  return cuda_status(launch_mean_key(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the mean-key kernel");
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  return cuda_status(backend == CudaBackend::kSm90 ? launch_mean_key_sm90(args, cuda_stream)
+                                                   : launch_mean_key_sm80(args, major >= kPdlMajor, cuda_stream),
+                     "launch of the mean-key kernel");
 }
 
 Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* mask, const CudaPageLists& lists,
@@ -169,9 +186,10 @@ Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* ma
   }
   CA_RETURN_IF_ERROR(check_pointer("lists.stats", lists.stats, alignof(UnionStats)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const UniteArgs args = unite_args(layout, input, mask, lists, workspace);
-  return cuda_status(launch_unite(args, layout.unite_trees, pdl, cuda_stream), "launch of the union kernel");
+  return cuda_status(launch_unite(args, layout.unite_trees, major >= kPdlMajor, cuda_stream),
+                     "launch of the union kernel");
 }
 
 Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* mean_k, std::int32_t* mean_tokens,
@@ -194,7 +212,7 @@ Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* 
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_pointer("kv.k", kv.k, 16));
   CA_RETURN_IF_ERROR(check_pointer("mean_k", mean_k, 16));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const PageMeansArgs args{.kv = kv,
                            .chunks = input.chunks,
                            .page_tables = input.page_tables,
@@ -204,7 +222,8 @@ Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* 
                            .max_pages = max_pages,
                            .mean_k = static_cast<std::uint16_t*>(mean_k),
                            .mean_tokens = mean_tokens};
-  return cuda_status(launch_page_means(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the means kernel");
+  return cuda_status(launch_page_means(args, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
+                     "launch of the means kernel");
 }
 
 }  // namespace compact
