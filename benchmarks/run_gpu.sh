@@ -91,7 +91,7 @@ tests() {
     grep -vE '^\[ |^Note|^Running|^$' "$out/tests/${name//\//_}.log" | head -12
   done
   local hanging
-  hanging=$(grep -m1 -E '^HANG .*sm90' "$out/tests/summary" | awk '{print $2}')
+  hanging=$(grep -m1 -E '^HANG .*AttentionGpu.*sm90' "$out/tests/summary" | awk '{print $2}')
   if [ -n "$hanging" ]; then
     echo "--- $hanging on kernels whose waits give up"
     TEST_SECONDS=60 TEST_BINARY=$gpu/attention_gpu_spin_test one_test "$hanging" "$out"

@@ -5,9 +5,10 @@
 //
 // Keys are normal around one topic per page; every query row asks for three pages of a pool that its (request, KV head)
 // shares, so that the density after the union comes out near the one asked for; the density measured is printed.
-// Share 0.1, sinks and window as by default. Three input sets in turn, at least 20 runs queued without a stop, each
-// between two CUDA events. "chain": select, unite, attend (4 kernels and combine) one after the other; "graph": the
-// same as a replayed CUDA graph; "plan" is paid once per step for all layers and stands beside them.
+// Share 0.1, sinks and window as by default. Three input sets in turn, at least 20 runs, each
+// between two CUDA events and queued while the stream is held: launch overhead hides no stage. "chain": select, unite,
+// attend (4 kernels and combine) one after the other; "graph": the same as a replayed CUDA graph; "plan" is paid once
+// per step for all layers and stands beside them.
 #include <fmt/format.h>
 
 #include <cstdio>

@@ -6,16 +6,11 @@
 #include <cstdint>
 
 #include "compact/attention_unit.h"
+#include "compact/cuda_backend.h"
 #include "compact/status.h"
 #include "compact/tensor_view.h"
 
 namespace compact {
-
-enum class CudaBackend : std::int32_t {
-  kAuto = 0,  ///< sm90 on Hopper, sm80 on every other device from sm_80 on
-  kSm90 = 1,  ///< TMA and wgmma; Hopper only
-  kSm80 = 2,  ///< cp.async and mma.sync; sm_80 and later
-};
 
 struct CudaDevice {
   std::int32_t capability = 0;  // 10 * major + minor

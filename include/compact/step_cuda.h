@@ -14,6 +14,7 @@
 
 #include "compact/attention_unit.h"
 #include "compact/block_union.h"
+#include "compact/cuda_backend.h"
 #include "compact/selector.h"
 #include "compact/status.h"
 #include "compact/tensor_view.h"
@@ -92,6 +93,8 @@ struct CudaMeanKeyInput {
   float softmax_scale = 0;       // s, above 0
   /// Only the default rule so far: packed tiles, visible kFull, kRow norm, kMax vote, a share (and lift); alpha < 0.
   MeanKeyOptions options{};
+  /// The kernels sum in different orders: their masks may differ where a score meets its cut.
+  CudaBackend backend = CudaBackend::kAuto;
 };
 
 /// The mean-key rule (selector.h). Bit j of mask[kv_head, block] = past page j is wanted; blocks are those of
@@ -99,7 +102,8 @@ struct CudaMeanKeyInput {
 ///
 /// mask            [Hkv, max_blocks, words_per_row]  rows of blocks that do not exist are left alone
 /// nonfinite_rows  [1] or null; rows with NaN or +inf scores, or with -inf only, are added. Their tiles keep all pages.
-/// Errors: kInvalidArgument, kUnsupported (another rule, dtype, head dimension, device below 8.0), kCudaError.
+/// Errors: kInvalidArgument, kUnsupported (another rule, dtype, head dimension, backend, device below
+/// 8.0), kCudaError.
 [[nodiscard]] Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& select,
                                           std::uint64_t* mask, std::uint64_t* nonfinite_rows, void* workspace,
                                           std::int64_t workspace_bytes, void* stream);

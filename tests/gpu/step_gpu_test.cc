@@ -168,6 +168,20 @@ TEST(StepGpu, MistakesOnTheDeviceAreReported) {
 
 // ---- selection -----------------------------------------------------------------------------------------------------
 
+// By either kernel.
+class SelectGpu : public ::testing::TestWithParam<CudaBackend> {
+ protected:
+  void SetUp() override {
+    int device = 0, major = 0;
+    check_cuda(cudaGetDevice(&device), "current device");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query");
+    if (GetParam() == CudaBackend::kSm90 && major != 9) GTEST_SKIP() << "needs a Hopper GPU";
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Kernels, SelectGpu, ::testing::Values(CudaBackend::kSm80, CudaBackend::kSm90),
+                         [](const auto& backend) { return backend.param == CudaBackend::kSm80 ? "sm80" : "sm90"; });
+
 // A step whose queries and means are rounded to 16 bits, for the reference and for the device.
 class SelectCase {
  public:
@@ -292,7 +306,7 @@ void expect_agreement(const Agreement& got, const std::string& what) {
   EXPECT_LE(got.differ * 1000, got.decisions) << what << ": " << got.differ << " of " << got.decisions;
 }
 
-TEST(StepGpu, MasksAgreeWithTheReference) {
+TEST_P(SelectGpu, MasksAgreeWithTheReference) {
   std::int64_t decisions = 0, differ = 0, kept = 0;
   for (std::uint64_t seed = 0; seed < 60; ++seed) {
     StepRandom random(seed);
@@ -312,6 +326,7 @@ TEST(StepGpu, MasksAgreeWithTheReference) {
     SelectStep made(spec);
     const DType dtype = random.below(3) == 0 ? DType::kF16 : DType::kBF16;
     SelectCase c(made, spec, dtype, random.pick({0.5F, 1.0F}));
+    c.keys.backend = GetParam();
     MeanKeyOptions options;
     options.share = random.pick({0.1F, 0.1F, 0.02F, 0.5F});
     if (random.below(4) == 0) options.lift = 2.5F;
@@ -326,8 +341,50 @@ TEST(StepGpu, MasksAgreeWithTheReference) {
   EXPECT_LT(kept, decisions / 10 * 9);
 }
 
+// More than 1024 pages, sixteen stages and one: every group size, head dimension and dtype at once.
+TEST_P(SelectGpu, LongContextsAgreeWithTheReference) {
+  std::uint64_t seed = 100;
+  for (const std::int32_t head_dim : {64, 128, 256}) {
+    for (const std::int32_t group : {1, 4, 7, 8}) {
+      ++seed;
+      const StepSpec spec{.q_heads = group,
+                          .kv_heads = 1,
+                          .head_dim = head_dim,
+                          .page_tokens = 16,
+                          .chunks = {{16 * 1037 + 5, 40, seed}, {16 * 1024, 33, seed + 50}, {16 * 3, 9, seed + 70}},
+                          .page_seed = seed,
+                          .amplitude = 8.0F};
+      SelectStep made(spec);
+      SelectCase c(made, spec, group == 7 ? DType::kF16 : DType::kBF16, 0.5F);
+      c.keys.backend = GetParam();
+      expect_agreement(compare(c, {}), fmt::format("D {} G {}", head_dim, group));
+      if (HasFailure()) return;
+    }
+  }
+}
+
+// Scores that rise along the context, eight pages a step: each has an eighth of the sum when it is met, so candidates
+// come in every stage. The second pass decides.
+TEST_P(SelectGpu, RisingScoresOverflowTheLists) {
+  const StepSpec spec{.q_heads = 4, .kv_heads = 1, .head_dim = 64, .page_tokens = 16, .chunks = {{16 * 300, 70, 3}}};
+  SelectStep made(spec);
+  for (std::int32_t h = 0; h < 4; ++h) {
+    for (std::int32_t t = 0; t < 70; ++t) {
+      for (std::int32_t x = 0; x < 64; ++x) made.query(0, t, h)[x] = x == h ? 1.0F : 0.0F;
+    }
+  }
+  for (std::int32_t j = 0; j < 304; ++j) {
+    for (std::int32_t x = 0; x < 64; ++x) made.mean(0, j, 0)[x] = static_cast<float>(j / 8 * 16);
+  }
+  SelectCase c(made, spec, DType::kBF16, 0.25F);
+  c.keys.backend = GetParam();
+  const Agreement got = compare(c, {});
+  expect_agreement(got, "rising scores");
+  EXPECT_GT(got.kept, 0);
+}
+
 // A share so small that candidates overflow a warp's list: the second pass decides.
-TEST(StepGpu, SmallSharesTakeTheSecondPass) {
+TEST_P(SelectGpu, SmallSharesTakeTheSecondPass) {
   for (const std::int32_t head_dim : {64, 128, 256}) {
     const StepSpec spec{.q_heads = 8,
                         .kv_heads = 2,
@@ -337,6 +394,7 @@ TEST(StepGpu, SmallSharesTakeTheSecondPass) {
                         .amplitude = 4.0F};
     SelectStep made(spec);
     SelectCase c(made, spec, DType::kBF16, 0.5F);
+    c.keys.backend = GetParam();
     MeanKeyOptions options;
     for (const float share : {1e-6F, 1e-4F, 1e-3F}) {
       options.share = share;
@@ -347,10 +405,11 @@ TEST(StepGpu, SmallSharesTakeTheSecondPass) {
   }
 }
 
-TEST(StepGpu, ShareZeroKeepsEveryPastPage) {
+TEST_P(SelectGpu, ShareZeroKeepsEveryPastPage) {
   const StepSpec spec{.head_dim = 64, .chunks = {{16 * 70 + 3, 50, 3}, {0, 20, 4}}};
   SelectStep made(spec);
   SelectCase c(made, spec, DType::kBF16, 1.0F);
+  c.keys.backend = GetParam();
   MeanKeyOptions options;
   options.share = 0;
   const Agreement got = compare(c, options);
@@ -359,23 +418,25 @@ TEST(StepGpu, ShareZeroKeepsEveryPastPage) {
 }
 
 // NaN, +inf and rows of -inf keep all pages of their tile and are counted; other tiles do not notice.
-TEST(StepGpu, NonfiniteRowsKeepTheirTile) {
+TEST_P(SelectGpu, NonfiniteRowsKeepTheirTile) {
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     const StepSpec spec{
         .q_heads = 8, .kv_heads = 2, .head_dim = 128, .page_tokens = 16, .chunks = {{16 * 100, 130, 3}}};
     SelectStep made(spec);
     for (std::int32_t x = 0; x < 128; ++x) made.query(0, 40, 5)[x] = x == 7 ? bad : 0.0F;
     SelectCase c(made, spec, DType::kBF16, 1.0F);
+    c.keys.backend = GetParam();
     expect_agreement(compare(c, {}), fmt::format("query with {}", bad));
     SelectStep with_mean(spec);
     with_mean.mean(0, 33, 1)[9] = bad;
     SelectCase d(with_mean, spec, DType::kBF16, 1.0F);
+    d.keys.backend = GetParam();
     expect_agreement(compare(d, {}), fmt::format("mean with {}", bad));
   }
 }
 
 // Pages of the chunk without a complete mean are left out of the sums.
-TEST(StepGpu, ChunkPagesWithoutMeansAreLeftOut) {
+TEST_P(SelectGpu, ChunkPagesWithoutMeansAreLeftOut) {
   const StepSpec spec{
       .q_heads = 4, .kv_heads = 1, .head_dim = 64, .page_tokens = 16, .chunks = {{16 * 20 + 3, 200, 3}}};
   SelectStep made(spec);
@@ -383,6 +444,7 @@ TEST(StepGpu, ChunkPagesWithoutMeansAreLeftOut) {
     for (std::int32_t x = 0; x < 64; ++x) made.mean(0, j, 0)[x] = NAN;
   }
   SelectCase c(made, spec, DType::kBF16, 1.0F);
+  c.keys.backend = GetParam();
   for (const std::int32_t j : {20, 22, 25}) {
     c.counts[static_cast<std::size_t>(c.host.chunks[0].page_table[j])] = j - 17;
   }
@@ -551,10 +613,11 @@ TEST(StepGpu, GraphReplayFollowsLengths) {
   CA_TEST_CUDA(cudaStreamDestroy(stream));
 }
 
-TEST(StepGpu, RepeatsAreEqual) {
+TEST_P(SelectGpu, RepeatsAreEqual) {
   const StepSpec spec{.q_heads = 8, .kv_heads = 2, .head_dim = 128, .page_tokens = 16, .chunks = {{16 * 700, 300, 3}}};
   SelectStep made(spec);
   SelectCase c(made, spec, DType::kBF16, 0.5F);
+  c.keys.backend = GetParam();
   for (const float share : {0.1F, 1e-5F}) {
     c.keys.options.share = share;
     DeviceStep step(c.step, c.counts);
@@ -584,6 +647,7 @@ TEST(StepGpu, EachBadInputHasItsError) {
   constexpr StatusCode kWrong = StatusCode::kInvalidArgument, kMissing = StatusCode::kUnsupported;
   expect(kMissing, "head dimension is 96", [](CudaMeanKeyInput& k) { k.head_dim = 96; });
   expect(kMissing, "dtype is 0", [](CudaMeanKeyInput& k) { k.dtype = DType::kF32; });
+  expect(kWrong, "backend is 7", [](CudaMeanKeyInput& k) { k.backend = static_cast<CudaBackend>(7); });
   expect(kMissing, "alpha is 0.06", [](CudaMeanKeyInput& k) { k.options.alpha = 0.06F; });
   expect(kMissing, "tile per head", [](CudaMeanKeyInput& k) { k.options.tile = TileShape::kPerHead; });
   expect(kMissing, "visibility 0", [](CudaMeanKeyInput& k) { k.options.visible = PageVisibility::kLast; });

@@ -30,13 +30,14 @@ struct OneThread {
   }
 };
 
-// Everything that the device would hold.
+// Everything that the device would hold, with poison where it writes; as many CTAs as step.cc launches.
 struct HostStep {
   StepLayout layout;
   std::vector<std::uint64_t> workspace, mask;
   std::vector<AttentionUnit> units;
   std::vector<std::int32_t> page_ids;
   std::vector<UnionStats> stats;
+  std::int32_t num_units = -1;
   std::int32_t error = 0;
 
   HostStep(StepCase& c, const std::vector<std::int32_t>* mean_tokens = nullptr) {
@@ -51,14 +52,14 @@ struct HostStep {
     mask = c.device_mask(sizes);
     units.resize(static_cast<std::size_t>(sizes.max_units));
     page_ids.assign(static_cast<std::size_t>(sizes.num_list_entries), -1);
-    stats.resize(static_cast<std::size_t>(sizes.num_stats));
+    stats.assign(static_cast<std::size_t>(sizes.num_stats), {-1, -1, -1});
     OneThread thread;
     const PlanArgs plan = plan_args(layout, c.input, &error, workspace.data());
-    for (std::int32_t b = 0; b < c.input.num_chunks; ++b) plan_chunk(thread, plan, b);
+    for (std::int32_t b = 0; b < layout.plan_ctas; ++b) plan_chunk(thread, plan, b);
     const CudaPageLists lists{
-        .units = units.data(), .num_units = nullptr, .page_ids = page_ids.data(), .stats = stats.data()};
+        .units = units.data(), .num_units = &num_units, .page_ids = page_ids.data(), .stats = stats.data()};
     const UniteArgs args = unite_args(layout, c.input, mask.data(), lists, workspace.data());
-    for (std::int32_t tree = 0; tree < sizes.num_stats; ++tree) UniteTree(args, tree).run(thread);
+    for (std::int32_t tree = 0; tree < layout.unite_trees; ++tree) UniteTree(args, tree).run(thread);
   }
   StepTables tables() { return layout.tables(workspace.data()); }
 };
@@ -72,11 +73,10 @@ TEST(StepCuda, TenThousandStepsEqualTheCpuUnion) {
     make_random_step(c, random);
     HostStep step(c);
     ASSERT_EQ(step.error, 0) << "seed " << seed;
-    const std::int32_t num_units = step.tables().header->num_units;
-    ASSERT_EQ(difference_to_cpu(c, step.layout.sizes, num_units, step.units, step.page_ids, step.stats), "")
+    ASSERT_EQ(difference_to_cpu(c, step.layout.sizes, step.num_units, step.units, step.page_ids, step.stats), "")
         << "seed " << seed << ": " << c.text();
     modes.insert(c.input.options.mode);
-    for (std::int32_t u = 0; u < num_units; ++u) merged += step.units[static_cast<std::size_t>(u)].q_len == 0;
+    for (std::int32_t u = 0; u < step.num_units; ++u) merged += step.units[static_cast<std::size_t>(u)].q_len == 0;
   }
   EXPECT_EQ(modes.size(), 4U);
   EXPECT_GT(merged, 1000);
@@ -115,7 +115,7 @@ TEST(StepCuda, MistakesOnTheDeviceEmptyTheirChunk) {
     HostStep step(c, &mean_tokens);
     EXPECT_EQ(static_cast<CudaStepError>(step.error), expected);
     std::set<std::int32_t> listed;
-    for (std::int32_t u = 0; u < step.tables().header->num_units; ++u) {
+    for (std::int32_t u = 0; u < step.num_units; ++u) {
       const AttentionUnit& unit = step.units[static_cast<std::size_t>(u)];
       if (unit.q_len > 0) listed.insert(unit.list_tokens - unit.past_tokens);  // C
     }

@@ -43,6 +43,7 @@ struct MeanKeyArgs {
   std::uint64_t* mask = nullptr;                 // [Hkv, max_blocks, words_per_row]
   unsigned long long* nonfinite_rows = nullptr;  // [1] or null
 };
-cudaError_t launch_mean_key(const MeanKeyArgs& args, bool pdl, cudaStream_t stream);
+cudaError_t launch_mean_key_sm80(const MeanKeyArgs& args, bool pdl, cudaStream_t stream);
+cudaError_t launch_mean_key_sm90(const MeanKeyArgs& args, cudaStream_t stream);
 
 }  // namespace compact

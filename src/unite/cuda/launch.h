@@ -8,7 +8,7 @@
 
 namespace compact {
 
-cudaError_t launch_plan_step(const PlanArgs& args, bool pdl, cudaStream_t stream);
-cudaError_t launch_unite(const UniteArgs& args, bool pdl, cudaStream_t stream);
+cudaError_t launch_plan_step(const PlanArgs& args, std::int32_t ctas, bool pdl, cudaStream_t stream);
+cudaError_t launch_unite(const UniteArgs& args, std::int32_t trees, bool pdl, cudaStream_t stream);
 
 }  // namespace compact

@@ -54,14 +54,27 @@ Status check_16_bit(const char* name, DType dtype) {
   return missing("{} is {}; kernels exist for bf16 (1), f16 (2)", name, static_cast<std::int32_t>(dtype));
 }
 
-// Programmatic dependent launch is known from 9.0 on; the kernels need 8.0.
-Result<bool> pdl_of_device() {
+// Major compute capability. Programmatic dependent launch is known from 9.0 on; the kernels need 8.0.
+constexpr int kPdlMajor = 9;
+Result<int> device_major() {
   int device = 0, major = 0;
   CA_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "no current device"));
   CA_RETURN_IF_ERROR(
       cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query"));
   if (major < 8) return missing("the device has compute capability {}.x; 8.0 or later", major);
-  return major >= 9;
+  return major;
+}
+
+// wgmma is 9.x only.
+Result<CudaBackend> select_backend(CudaBackend wanted, int major) {
+  switch (wanted) {
+    case CudaBackend::kAuto: return major == 9 ? CudaBackend::kSm90 : CudaBackend::kSm80;
+    case CudaBackend::kSm80: return wanted;
+    case CudaBackend::kSm90:
+      if (major != 9) return missing("backend sm90 on compute capability {}.x; 9.0", major);
+      return wanted;
+  }
+  return wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(wanted));
 }
 
 // The rule that the kernel knows.
@@ -98,8 +111,6 @@ Status check_select(const CudaStepInput& input, const CudaMeanKeyInput& select) 
   return check_stride("q_head_stride", select.q_head_stride, input.num_q_heads);
 }
 
-bool nothing_to_do(const CudaStepInput& input) { return input.num_chunks == 0 || input.num_q_tokens == 0; }
-
 }  // namespace
 
 Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input) {
@@ -110,25 +121,27 @@ Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input) {
 Status plan_step_cuda(const CudaStepInput& input, std::int32_t* error, void* workspace, std::int64_t workspace_bytes,
                       void* stream) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
-  if (nothing_to_do(input)) return {};
+  if (layout.plan_ctas == 0) return {};
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_pointer("error", error, alignof(std::int32_t)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const PlanArgs args = plan_args(layout, input, error, workspace);
-  return cuda_status(launch_plan_step(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the plan kernel");
+  return cuda_status(launch_plan_step(args, layout.plan_ctas, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
+                     "launch of the plan kernel");
 }
 
 Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& select, std::uint64_t* mask,
                             std::uint64_t* nonfinite_rows, void* workspace, std::int64_t workspace_bytes,
                             void* stream) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
-  if (nothing_to_do(input)) return {};
+  if (layout.select_tiles == 0) return {};
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_select(input, select));
   CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
+  CA_ASSIGN_OR_RETURN(const CudaBackend backend, select_backend(select.backend, major));
   const StepShape& s = layout.shape;
   const MeanKeyArgs args{.tables = layout.tables(workspace),
                          .page_tables = input.page_tables,
@@ -151,7 +164,10 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
                          .lift = select.options.lift,
                          .mask = mask,
                          .nonfinite_rows = reinterpret_cast<unsigned long long*>(nonfinite_rows)};
-  return cuda_status(launch_mean_key(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the mean-key kernel");
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  return cuda_status(backend == CudaBackend::kSm90 ? launch_mean_key_sm90(args, cuda_stream)
+                                                   : launch_mean_key_sm80(args, major >= kPdlMajor, cuda_stream),
+                     "launch of the mean-key kernel");
 }
 
 Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* mask, const CudaPageLists& lists,
@@ -159,18 +175,21 @@ Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* ma
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
   CA_RETURN_IF_ERROR(check_pointer("lists.num_units", lists.num_units, alignof(std::int32_t)));
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (nothing_to_do(input)) {
+  if (layout.unite_trees == 0) {
     return cuda_status(cudaMemsetAsync(lists.num_units, 0, sizeof(std::int32_t), cuda_stream), "no units");
   }
   CA_RETURN_IF_ERROR(check_step_pointers(input));
-  CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
-  CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
-  CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
+  if (layout.sizes.max_units > 0) {  // without query rows there are neither units nor a mask, but sums of every chunk
+    CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
+    CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
+    CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
+  }
   CA_RETURN_IF_ERROR(check_pointer("lists.stats", lists.stats, alignof(UnionStats)));
   CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const UniteArgs args = unite_args(layout, input, mask, lists, workspace);
-  return cuda_status(launch_unite(args, pdl, cuda_stream), "launch of the union kernel");
+  return cuda_status(launch_unite(args, layout.unite_trees, major >= kPdlMajor, cuda_stream),
+                     "launch of the union kernel");
 }
 
 Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* mean_k, std::int32_t* mean_tokens,
@@ -193,7 +212,7 @@ Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* 
   CA_RETURN_IF_ERROR(check_step_pointers(input));
   CA_RETURN_IF_ERROR(check_pointer("kv.k", kv.k, 16));
   CA_RETURN_IF_ERROR(check_pointer("mean_k", mean_k, 16));
-  CA_ASSIGN_OR_RETURN(const bool pdl, pdl_of_device());
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
   const PageMeansArgs args{.kv = kv,
                            .chunks = input.chunks,
                            .page_tables = input.page_tables,
@@ -203,7 +222,8 @@ Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* 
                            .max_pages = max_pages,
                            .mean_k = static_cast<std::uint16_t*>(mean_k),
                            .mean_tokens = mean_tokens};
-  return cuda_status(launch_page_means(args, pdl, static_cast<cudaStream_t>(stream)), "launch of the means kernel");
+  return cuda_status(launch_page_means(args, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
+                     "launch of the means kernel");
 }
 
 }  // namespace compact

@@ -108,6 +108,9 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   }
   s.max_blocks = static_cast<std::int32_t>(max_blocks);
   s.max_spans = static_cast<std::int32_t>(max_spans);
+  layout.plan_ctas = s.num_chunks;
+  layout.select_tiles = s.max_blocks * s.num_kv_heads;
+  layout.unite_trees = static_cast<std::int32_t>(trees);
 
   CudaStepSizes& sizes = layout.sizes;
   const auto take = [&sizes](std::int64_t bytes) {

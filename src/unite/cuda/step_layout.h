@@ -11,6 +11,10 @@ namespace compact {
 struct StepLayout {
   StepShape shape;
   CudaStepSizes sizes;
+  // CTAs of each call; 0: nothing is launched. A step without query rows has no tiles, but sums of every chunk.
+  std::int32_t plan_ctas = 0;
+  std::int32_t select_tiles = 0;
+  std::int32_t unite_trees = 0;
   std::int64_t header = 0;      // byte offsets
   std::int64_t chunks = 0;      // StepChunk [B]
   std::int64_t blocks = 0;      // QueryBlock [max_blocks]

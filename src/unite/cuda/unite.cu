@@ -56,19 +56,17 @@ __global__ void __launch_bounds__(kUniteThreads, 1) unite_kernel(UniteArgs args)
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   Cta<kUniteThreads> cta(warp_sums);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *args.lists.num_units = args.tables.header->num_units;
   UniteTree(args, static_cast<std::int32_t>(blockIdx.x)).run(cta);
 }
 
 }  // namespace
 
-cudaError_t launch_plan_step(const PlanArgs& args, bool pdl, cudaStream_t stream) {
-  return launch_kernel(plan_step_kernel, args.shape.num_chunks, kPlanThreads, 0, pdl, stream, args);
+cudaError_t launch_plan_step(const PlanArgs& args, std::int32_t ctas, bool pdl, cudaStream_t stream) {
+  return launch_kernel(plan_step_kernel, ctas, kPlanThreads, 0, pdl, stream, args);
 }
 
-cudaError_t launch_unite(const UniteArgs& args, bool pdl, cudaStream_t stream) {
-  return launch_kernel(unite_kernel, args.shape.num_chunks * args.shape.sub_groups, kUniteThreads, 0, pdl, stream,
-                       args);
+cudaError_t launch_unite(const UniteArgs& args, std::int32_t trees, bool pdl, cudaStream_t stream) {
+  return launch_kernel(unite_kernel, trees, kUniteThreads, 0, pdl, stream, args);
 }
 
 }  // namespace compact

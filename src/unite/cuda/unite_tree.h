@@ -79,6 +79,7 @@ class UniteTree {
 
   template <class Team>
   CA_HOST_DEVICE void run(Team& team) {
+    if (tree_ == 0 && team.warp() == 0 && team.lane() == 0) *args_.lists.num_units = args_.tables.header->num_units;
     UnionStats& stats = args_.lists.stats[tree_];
     if (chunk_.chunk_tokens == 0) {
       for (std::int32_t k = team.warp(); k < chunk_.num_spans; k += team.num_warps()) leave_empty(team, k);

@@ -1,13 +1,5 @@
 // The mean-key rule of selector.h (packed tiles, visible kFull, row norm, vote max), one kernel from Q and means to
-// mask words. A CTA owns a tile: 128 packed rows (128/G tokens x G heads) of one KV head against all its scored pages.
-//
-// A page is wanted iff some row's score reaches that row's cut = log-sum-exp over all pages + log(share): known only
-// after the last page. 128 rows x 1024 pages of scores do not fit an SM, and computing them twice costs as much as
-// computing them (B8 Hq16 Hkv4 C1024 L128K: 34 GFLOP, about 60 us of mma.sync a pass). Instead the pass keeps
-// candidates: the sum grows from page to page, so a score below the cut of the pages seen so far never reaches the
-// final one. With a share of 1/10 a row meets a dozen or so of them, and the rest is forgotten. Candidates beyond the
-// room of a warp's list cost the tile a second pass, which compares with the final cut; both ways use the same scores
-// and the same cut, so the bits do not depend on which was taken.
+// mask words, for every device from sm_80 on: cp.async and mma.sync. A CTA owns a tile (mean_key_tile.cuh).
 //
 //   warps      4 of 32 rows (head dimension 256: 8 of 16): a fragment of means read from shared memory serves 2 MMAs
 //   Q          fragments in registers, loaded once through stages 1 and 2 of the ring
@@ -18,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "src/core/count_bits.h"
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/cp_async.cuh"
@@ -26,16 +17,15 @@
 #include "src/ptx/mma_sync.cuh"
 #include "src/ptx/quad.cuh"
 #include "src/ptx/shared_address.cuh"
-#include "src/select/cuda/launch.h"
+#include "src/select/cuda/mean_key_tile.cuh"
 
 namespace compact {
 namespace {
 
-constexpr std::int32_t kRows = 128;  // packed rows of a tile
-constexpr std::int32_t kPages = 64;  // of a stage
+constexpr std::int32_t kRows = kMeanKeyRows;
+constexpr std::int32_t kPages = kMeanKeyPages;
 constexpr std::int32_t kStages = 3;
-constexpr std::int32_t kCandidates = 3072;   // room of the tile, shared out evenly to the warps
-constexpr float kCutSlackLog2 = 1.0f / 512;  // rounding of the running cut; candidates are judged again
+constexpr std::int32_t kCandidates = 3072;  // room of the tile, shared out evenly to the warps
 
 struct Candidate {
   float score;
@@ -43,7 +33,7 @@ struct Candidate {
 };
 
 template <std::int32_t kHeadDim>
-struct MeanKeyTile {
+struct Sm80Shape {
   static constexpr std::int32_t kRowBlocks = kHeadDim == 256 ? 1 : 2;  // m16 blocks of a warp
   static constexpr std::int32_t kWarps = kRows / 16 / kRowBlocks;
   static constexpr std::int32_t kThreads = 32 * kWarps;
@@ -56,25 +46,12 @@ struct MeanKeyTile {
   }
 };
 
-// A tile's place in the step, in shared memory: registers are full.
-struct Tile {
-  const std::int32_t* table;  // [Kb]
-  std::uint64_t* mask_row;    // [words_per_row]
-  std::int32_t q_begin;
-  std::int32_t kv_head;
-  std::int32_t rows;        // tokens x G; 0: nothing to do
-  std::int32_t past_pages;  // Np
-  std::int32_t end;         // pages [0, end) end at or before the block's first token
-  std::int32_t num_scored;  // of these, pages that have a mean
-  float candidate_margin;   // log2 of the least threshold, minus the slack
-};
-
 // Starts the copy of the means of pages [first, first + kPages); past the end and outside the cache: zeros.
 template <std::int32_t kHeadDim>
-__device__ __forceinline__ void load_means(std::uint32_t shared, const MeanKeyArgs& args, const Tile& tile,
+__device__ __forceinline__ void load_means(std::uint32_t shared, const MeanKeyArgs& args, const MeanKeyTile& tile,
                                            std::int32_t first) {
   constexpr std::int32_t kPieces = kHeadDim / 8;
-  constexpr std::int32_t kRowsPerPass = MeanKeyTile<kHeadDim>::kThreads / kPieces;
+  constexpr std::int32_t kRowsPerPass = Sm80Shape<kHeadDim>::kThreads / kPieces;
   constexpr std::int32_t kPasses = kPages / kRowsPerPass;
   std::int32_t thread = static_cast<std::int32_t>(threadIdx.x);
   asm volatile("" : "+r"(thread), "+r"(first));  // opaque: nothing derived from it is kept from stage to stage
@@ -104,9 +81,9 @@ __device__ __forceinline__ void load_means(std::uint32_t shared, const MeanKeyAr
 
 // Starts the copy of the tile's query rows; rows that do not exist become zeros.
 template <std::int32_t kHeadDim>
-__device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKeyArgs& args, const Tile& tile) {
+__device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKeyArgs& args, const MeanKeyTile& tile) {
   constexpr std::int32_t kPieces = kHeadDim / 8;
-  constexpr std::int32_t kRowsPerPass = MeanKeyTile<kHeadDim>::kThreads / kPieces;
+  constexpr std::int32_t kRowsPerPass = Sm80Shape<kHeadDim>::kThreads / kPieces;
   const std::int32_t piece = static_cast<std::int32_t>(threadIdx.x) % kPieces;
   for (std::int32_t row = static_cast<std::int32_t>(threadIdx.x) / kPieces; row < kRows; row += kRowsPerPass) {
     const bool valid = row < tile.rows;
@@ -117,30 +94,17 @@ __device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKey
   }
 }
 
-// Bits of the 64 pages from `first` on that have a mean: complete pages before the end, and of the chunk's own pages
-// those whose mean covers them.
-__device__ __forceinline__ std::uint64_t scored_pages(const MeanKeyArgs& args, const Tile& tile, std::int32_t first,
-                                                      std::int32_t lane) {
-  if (first + kPages <= tile.past_pages) return ~std::uint64_t{0};
-  const auto scored = [&](std::int32_t j) {
-    return j < tile.end &&
-           (j < tile.past_pages || args.mean_tokens == nullptr || args.mean_tokens[tile.table[j]] == args.page_tokens);
-  };
-  const std::uint32_t low = __ballot_sync(0xffffffffu, scored(first + lane));
-  const std::uint32_t high = __ballot_sync(0xffffffffu, scored(first + 32 + lane));
-  return std::uint64_t{high} << 32 | low;
-}
-
 template <ptx::MmaType kType, std::int32_t kHeadDim>
-__global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<kHeadDim>::kCtasPerSm)
-    mean_key_kernel(const MeanKeyArgs args) {
-  using Shape = MeanKeyTile<kHeadDim>;
+__global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHeadDim>::kCtasPerSm)
+    mean_key_sm80_kernel(const MeanKeyArgs args) {
+  using Shape = Sm80Shape<kHeadDim>;
   constexpr std::int32_t kRowBlocks = Shape::kRowBlocks;
   constexpr std::int32_t kSteps = kHeadDim / 16;
 
   // Aligned to more than a row, so that fragment loops may flip address bits within one.
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  __shared__ Tile tile;
+  __shared__ MeanKeyTile tile;
+  __shared__ std::int32_t num_scored;  // pages before the end that have a mean
   __shared__ float cuts[kRows];
   __shared__ std::int32_t num_candidates[Shape::kWarps];
   __shared__ std::int32_t num_bad_rows;
@@ -150,20 +114,11 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
 
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
-  const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.num_kv_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
+  const auto tile_idx = static_cast<std::int32_t>(blockIdx.x);
+  if (tile_idx >= args.tables.header->num_blocks * args.num_kv_heads) return;
   if (threadIdx.x == 0) {
-    const QueryBlock block = args.tables.blocks[block_idx];
-    const StepChunk chunk = args.tables.chunks[block.chunk];
-    tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
-    tile.q_begin = block.q_begin;
-    tile.kv_head = static_cast<std::int32_t>(blockIdx.x) % args.num_kv_heads;
-    tile.mask_row = args.mask + (std::int64_t{tile.kv_head} * args.max_blocks + block_idx) * args.words_per_row;
-    tile.rows = block.tokens * args.group;
-    tile.past_pages = chunk.chunk_start / args.page_tokens;
-    tile.end = block.first_position / args.page_tokens;
-    tile.num_scored = tile.end;
-    tile.candidate_margin = log2f(fmaxf(args.share, args.lift / static_cast<float>(tile.end))) - kCutSlackLog2;
+    tile = find_tile(args, tile_idx);
+    num_scored = tile.end;
     num_bad_rows = 0;
   }
   __syncthreads();
@@ -177,7 +132,6 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
     return;
   }
 
-  const auto num_stages = [&] { return (tile.end + kPages - 1) / kPages; };
   const auto lane = [&] { return thread % 32; };
   const auto warp = [&] { return thread / 32; };
   const auto warp_row = [&] { return thread / 32 * kRowBlocks * 16; };
@@ -212,12 +166,12 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
 
   for (std::int32_t pass = 0; pass < 2; ++pass) {
     if (pass == 1) load_means<kHeadDim>(ring, args, tile, 0), ptx::cp_async_commit();
-    if (num_stages() > 1) load_means<kHeadDim>(ring + Shape::kStageBytes, args, tile, kPages);
+    if (tile.num_stages() > 1) load_means<kHeadDim>(ring + Shape::kStageBytes, args, tile, kPages);
     ptx::cp_async_commit();
-    for (std::int32_t u = 0; u < num_stages(); ++u) {
+    for (std::int32_t u = 0; u < tile.num_stages(); ++u) {
       ptx::cp_async_wait<1>();
       __syncthreads();  // stage u landed for everyone, and everyone is done with stage u - 1
-      if (u + 2 < num_stages()) {
+      if (u + 2 < tile.num_stages()) {
         load_means<kHeadDim>(ring + static_cast<std::uint32_t>((u + 2) % kStages * Shape::kStageBytes), args, tile,
                              (u + 2) * kPages);
       }
@@ -246,10 +200,7 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
           u * kPages + lane() % 4 * 2;  // of this thread's columns; column i / 4 * 8 + i % 2
       if ((u + 1) * kPages > tile.past_pages) {
         const std::uint64_t scored = scored_pages(args, tile, u * kPages, lane());
-        if (pass == 0 && thread == 0) {
-          const std::int32_t before_end = tile.end - u * kPages;
-          tile.num_scored -= (before_end < kPages ? before_end : kPages) - count_bits(scored);
-        }
+        if (pass == 0 && thread == 0) num_scored -= num_unscored(tile, u * kPages, scored);
         const std::uint64_t own = scored >> (lane() % 4 * 2);
 #pragma unroll
         for (std::int32_t b = 0; b < kRowBlocks; ++b) {
@@ -308,7 +259,7 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
 
     __syncthreads();  // num_scored
     // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
-    const float threshold = fmaxf(args.share, args.lift / static_cast<float>(tile.num_scored));
+    const float threshold = MeanKeyTile::threshold(args, num_scored);
 #pragma unroll
     for (std::int32_t b = 0; b < kRowBlocks; ++b) {
 #pragma unroll
@@ -344,9 +295,9 @@ __global__ void __launch_bounds__(MeanKeyTile<kHeadDim>::kThreads, MeanKeyTile<k
 
 template <std::int32_t kHeadDim>
 cudaError_t launch(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
-  using Shape = MeanKeyTile<kHeadDim>;
-  const auto kernel = args.dtype == DType::kF16 ? mean_key_kernel<ptx::MmaType::kF16, kHeadDim>
-                                                : mean_key_kernel<ptx::MmaType::kBf16, kHeadDim>;
+  using Shape = Sm80Shape<kHeadDim>;
+  const auto kernel = args.dtype == DType::kF16 ? mean_key_sm80_kernel<ptx::MmaType::kF16, kHeadDim>
+                                                : mean_key_sm80_kernel<ptx::MmaType::kBf16, kHeadDim>;
   const std::int32_t smem_bytes = Shape::smem_bytes(args.words_per_row);
   const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -356,7 +307,7 @@ cudaError_t launch(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_mean_key(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
+cudaError_t launch_mean_key_sm80(const MeanKeyArgs& args, bool pdl, cudaStream_t stream) {
   switch (args.head_dim) {
     case 64: return launch<64>(args, pdl, stream);
     case 128: return launch<128>(args, pdl, stream);
