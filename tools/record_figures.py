@@ -3,8 +3,8 @@
     python3 tools/record_figures.py run [NAME...]  # on an idle machine, after the dev and release builds; all, or these
     python3 tools/record_figures.py tables    # tables again from benchmarks/results/*.json
 
-No figure in those tables is typed by hand. `attention_gpu.json` comes from a machine with a GPU (benchmarks/README.md names the
-command). Accuracy comes from `compact eval ruler` and `compact eval merge --json
+No figure in those tables is typed by hand. `*_gpu.json`, `*_amx.json` and `sdpa_cpu.json`
+come from other machines; benchmarks/README.md names their commands. Accuracy comes from `compact eval ruler` and `compact eval merge --json
 benchmarks/results/demo_accuracy.json`, which take hours, so `run` leaves it alone.
 """
 
@@ -111,17 +111,17 @@ def attention_table(figures: dict) -> str:
     return "\n".join([*lines, "", made_by(figures)])
 
 
-def step_table(figures: dict) -> str:
+def step_table(figures: dict, source: str) -> str:
     lines = [f"One layer, D {figures['head_dim']}, Hq {figures['num_q_heads']}, Hkv {figures['num_kv_heads']}, C {figures['chunk']}, "
              f"{figures['dtype']}, kernel {figures['kernel']}, {figures['threads']} thread(s), {figures['clock']} time. Modes share the threshold at which "
-             f"adaptive reads a density of {figures['wanted_density']:.2f} with the default forced pages. The default policy gains from "
-             f"{figures['pays_from_tokens']:,} tokens on.", "",
+             f"adaptive reads a density of {figures['wanted_density']:.2f} with the default forced pages. Of these contexts the default policy "
+             f"gains from {figures['pays_from_tokens']:,} tokens on.", "",
              "| context | mode | select ms | unite ms | attend ms | against dense | density | union inflation |", "|---|---|---|---|---|---|---|---|"]
     for context in figures["contexts"]:
         for row in context["modes"]:
             lines.append(f"| {context['context']:,} | {row['name']} | {1e3 * row['select_seconds']:.1f} | {1e3 * row['unite_seconds']:.2f} | "
                          f"{1e3 * row['attend_seconds']:.1f} | {row['speedup']:.2f}x | {row['density']:.3f} | {row['union_inflation']:.2f} |")
-    return "\n".join([*lines, "", made_by(figures)])
+    return "\n".join([*lines, "", source])
 
 
 def cost_table(figures: dict) -> str:
@@ -158,6 +158,31 @@ def attention_gpu_table(figures: dict, only: str = "") -> str:
                       f"torch {figures['torch']}, cuDNN {figures['cudnn']}, commit {figures['commit']}, {figures['date']}."])
 
 
+def elsewhere(figures: dict) -> str:
+    mark = figures["stamp"]
+    return f"`{mark['command']}`, {mark['machine']}, commit {mark['commit']}, {mark['date']}."
+
+
+def step_gpu_table(figures: dict) -> str:
+    lines = ["One layer and chunk, everything on the device: mean-key selection, union, page lists, attention. `chain`: the whole step queued in a "
+             "row (its kernels overlap by programmatic dependent launch, so it is less than the sum); `graph`: replayed from a CUDA graph. Dense: "
+             "our kernel, which is never behind cuDNN in the table above.", "",
+             "| shape | mode | density | inflation | select ms | unite ms | attend ms | chain ms | graph ms | dense ms | dense / chain |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['mode']} | {row['density']:.3f} | {row['union_inflation']:.2f} | {row['select_ms']:.3f} | {row['unite_ms']:.3f} | "
+              f"{row['attend_ms']:.3f} | {row['chain_ms']:.3f} | {row['graph_ms']:.3f} | {row['dense_ms']:.2f} | {row['dense_ms'] / row['chain_ms']:.2f}x |"
+              for row in figures["rows"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def sdpa_table(figures: dict) -> str:
+    lines = [f"{figures['threads']} threads, in turns; of the same run: sgemm {figures['sgemm_gflops']:.0f}, PyTorch's bf16 matmul "
+             f"{figures['bf16_matmul_gflops']:.0f} GFLOP/s. `kernel`: forced; without one asked for the fastest runs.", "",
+             "| shape | ours, GFLOP/s | PyTorch SDPA | ours / PyTorch |", "|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['gflops']:.0f} | {row['torch_gflops']:.0f} | {row['ratio']:.2f}x |" for row in figures["attention"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
 def replace_block(path: pathlib.Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = path.read_text().split(begin)
@@ -182,11 +207,18 @@ def tables() -> None:
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
         recorded += ["## Attention over page lists on one GPU, `attention_gpu.json`", "", attention_gpu_table(attention_gpu), ""]
+    step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
+    if step_gpu:
+        recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
-    step, cost = load("step_cpu"), load("cost_model_cpu")
+    if sdpa:
+        recorded += ["## Attention on a CPU with AMX beside PyTorch, `sdpa_cpu.json`", "", sdpa_table(sdpa), ""]
+    step, cost, step_amx = load("step_cpu"), load("cost_model_cpu"), load("step_cpu_amx")
     if step:
-        recorded += ["## The whole step on the CPU, `step_cpu.json`", "", step_table(step), ""]
+        recorded += ["## The whole step on the CPU, `step_cpu.json`", "", step_table(step, made_by(step)), ""]
+    if step_amx:
+        recorded += ["## The whole step on a CPU with AMX, `step_cpu_amx.json`", "", step_table(step_amx, elsewhere(step_amx)), ""]
     if cost:
         recorded += ["## Cost model of the CPU backend, `cost_model_cpu.json`", "", cost_table(cost), ""]
     if demo:
