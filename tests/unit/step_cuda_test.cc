@@ -14,8 +14,15 @@ using testing::difference_to_cpu;
 using testing::StepCase;
 using testing::StepRandom;
 
-// One thread, one warp of one lane.
+// One thread, one warp of one lane; memory for small trees, so that both places of a tree are seen.
 struct OneThread {
+  std::vector<std::uint64_t> near = std::vector<std::uint64_t>(64);
+
+  static void or_into(std::uint64_t* p, std::uint64_t x) { *p |= x; }
+  static void add_into(std::int64_t* p, std::int64_t x) { *p += x; }
+  void* near_memory(std::int64_t bytes) {
+    return bytes <= static_cast<std::int64_t>(near.size() * 8) ? near.data() : nullptr;
+  }
   static std::int32_t index() { return 0; }
   static std::int32_t size() { return 1; }
   static std::int32_t warp() { return 0; }
@@ -59,7 +66,7 @@ struct HostStep {
     const CudaPageLists lists{
         .units = units.data(), .num_units = &num_units, .page_ids = page_ids.data(), .stats = stats.data()};
     const UniteArgs args = unite_args(layout, c.input, mask.data(), lists, workspace.data());
-    for (std::int32_t tree = 0; tree < layout.unite_trees; ++tree) UniteTree(args, tree).run(thread);
+    for (std::int32_t tree = 0; tree < layout.unite_trees; ++tree) UniteTree(args, tree, thread).run(thread);
   }
   StepTables tables() { return layout.tables(workspace.data()); }
 };
@@ -98,6 +105,32 @@ TEST(StepCuda, BlocksAreThoseOfMakeQueryBlocks) {
           << "block " << i << ": " << c.text();
     }
   }
+}
+
+TEST(StepCuda, PairsHoldEveryBlockOnceWithItsNeighbour) {
+  std::int64_t alone = 0;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    StepRandom random(seed);
+    StepCase c;
+    make_random_step(c, random);
+    HostStep step(c);
+    const StepTables tables = step.tables();
+    ASSERT_LE(tables.header->num_pairs, step.layout.shape.max_pairs) << c.text();
+    std::int32_t next = 0;
+    for (std::int32_t p = 0; p < tables.header->num_pairs; ++p) {
+      const BlockPair& pair = tables.pairs[p];
+      ASSERT_EQ(pair.first_block, next) << "pair " << p << ": " << c.text();
+      ASSERT_TRUE(pair.num_blocks == 1 || pair.num_blocks == 2) << "pair " << p << ": " << c.text();
+      next += pair.num_blocks;
+      const std::int32_t chunk = tables.blocks[pair.first_block].chunk;
+      ASSERT_EQ(tables.blocks[next - 1].chunk, chunk) << "pair " << p << ": " << c.text();
+      if (pair.num_blocks == 2) continue;
+      ++alone;
+      ASSERT_TRUE(next == tables.header->num_blocks || tables.blocks[next].chunk != chunk) << c.text();
+    }
+    ASSERT_EQ(next, tables.header->num_blocks) << c.text();
+  }
+  EXPECT_GT(alone, 50);
 }
 
 // A chunk with a mistake lists nothing and is reported; the others are as if it were empty.

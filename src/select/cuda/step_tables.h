@@ -25,6 +25,7 @@ struct StepShape {
   std::int32_t block_tokens = 0;  // Bq, a power of two that divides P
   std::int32_t span_tokens = 0;   // 0: one span, the whole chunk
   std::int32_t max_blocks = 0;
+  std::int32_t max_pairs = 0;
   std::int32_t max_spans = 0;
   std::int32_t words_per_row = 0;
   std::int32_t list_capacity = 0;  // entries of a list
@@ -43,8 +44,15 @@ struct StepChunk {
 };
 static_assert(sizeof(StepChunk) == 32);
 
+// Two neighbouring query blocks of a chunk, or its last one alone: they want the same mean keys.
+struct BlockPair {
+  std::int32_t first_block = 0;
+  std::int32_t num_blocks = 0;  // 0: nothing to do
+};
+
 struct StepHeader {
   std::int32_t num_blocks = 0;
+  std::int32_t num_pairs = 0;
   std::int32_t num_units = 0;  // places of units, those that a merge leaves empty included
 };
 
@@ -52,7 +60,10 @@ struct StepTables {
   StepHeader* header = nullptr;  // [1]
   StepChunk* chunks = nullptr;   // [num_chunks]
   QueryBlock* blocks = nullptr;  // [max_blocks]  tokens 0: nothing to do
+  BlockPair* pairs = nullptr;    // [max_pairs]
 };
+
+CA_HOST_DEVICE constexpr std::int32_t num_block_pairs(std::int32_t num_blocks) { return (num_blocks + 1) / 2; }
 
 // Runs of positions with equal floor(position / length) that [start, start + tokens) meets; length 0: one run.
 CA_HOST_DEVICE constexpr std::int32_t num_runs(std::int32_t start, std::int32_t tokens, std::int32_t length) {

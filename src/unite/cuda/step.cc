@@ -157,6 +157,7 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
                          .group = s.group,
                          .page_tokens = s.page_tokens,
                          .max_blocks = s.max_blocks,
+                         .max_pairs = s.max_pairs,
                          .words_per_row = s.words_per_row,
                          .scale_log2 = static_cast<float>(select.softmax_scale * std::numbers::log2e),
                          .inverse_scale = static_cast<float>(1 / (select.softmax_scale * std::numbers::log2e)),

@@ -64,7 +64,7 @@ Status check_numbers(const CudaStepInput& input) {
 StepTables StepLayout::tables(void* workspace) const {
   char* base = static_cast<char*>(workspace);
   return {reinterpret_cast<StepHeader*>(base + header), reinterpret_cast<StepChunk*>(base + chunks),
-          reinterpret_cast<QueryBlock*>(base + blocks)};
+          reinterpret_cast<QueryBlock*>(base + blocks), reinterpret_cast<BlockPair*>(base + pairs)};
 }
 
 Result<StepLayout> lay_out_step(const CudaStepInput& input) {
@@ -107,6 +107,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
                  s.list_capacity);
   }
   s.max_blocks = static_cast<std::int32_t>(max_blocks);
+  s.max_pairs = static_cast<std::int32_t>(std::min(max_blocks, (max_blocks + s.num_chunks + 1) / 2));
   s.max_spans = static_cast<std::int32_t>(max_spans);
   layout.plan_ctas = s.num_chunks;
   layout.select_tiles = s.max_blocks * s.num_kv_heads;
@@ -121,6 +122,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   layout.header = take(sizeof(StepHeader));
   layout.chunks = take(std::int64_t{s.num_chunks} * std::int64_t{sizeof(StepChunk)});
   layout.blocks = take(max_blocks * std::int64_t{sizeof(QueryBlock)});
+  layout.pairs = take(std::int64_t{s.max_pairs} * std::int64_t{sizeof(BlockPair)});
   layout.nodes = take(max_nodes * std::int64_t{sizeof(UniteNode)});
   layout.node_words = take(max_nodes * s.words_per_row * std::int64_t{sizeof(std::uint64_t)});
   sizes.block_tokens = s.block_tokens;
