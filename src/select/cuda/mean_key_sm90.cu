@@ -4,8 +4,9 @@
 // docs/design/step-kernels.md.
 //
 //   producers  4 warps gather stages of 64 means through the page table by cp.async, 16 each, into the layout of wgmma
-//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T with Q in registers, a stage at a time. While one warpgroup
-//              waits for its products, the others take exponentials
+//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T with Q in registers, a stage at a time. They take
+//   exponentials
+//              in turns: while one does, the others wait for products and mark pages
 //   pass 1     all pages: sums of the rows in base 2, against a reference that is moved only when a sum grows large.
 //              A page with a score above its row's running cut is marked
 //   pass 2     the marked pages alone, packed 64 to a stage: the same scores, compared with the final cut
@@ -38,11 +39,11 @@ constexpr std::int32_t kMaxStages = 8;
 constexpr std::int32_t kPanelBytes = kPages * ptx::kSwizzleRowBytes;
 constexpr float kLargestSum = 4294967296.0f;  // 2^32: then the reference moves
 
-enum NamedBarrier { kPagesMarked = 1, kWordsDone = 2 };
+enum NamedBarrier { kPagesMarked = 1, kWordsDone = 2, kFirstTurn = 3 };  // a turn for each consumer warpgroup
 
 struct Shared {
   MeanKeyTile tiles[kMaxTiles];     // the second has no rows if the CTA has one block
-  std::uint64_t full[kMaxStages];   // arrivals: threads of the producers, whose copies have landed
+  std::uint64_t full[kMaxStages];   // arrivals: threads of the producers whose copies have landed, and their warps
   std::uint64_t empty[kMaxStages];  // arrivals: consumer warps
   std::int32_t num_bad_rows[kMaxTiles];
   std::int32_t marked_pages[kProducerWarps][2 * kPages];  // ring of each producer
@@ -53,9 +54,9 @@ template <std::int32_t kHeadDim, std::int32_t kTiles>
 struct Sm90Shape {
   static constexpr std::int32_t kConsumerWarps = kTiles * kTileWarps;
   static constexpr std::int32_t kConsumers = 32 * kConsumerWarps;
+  static constexpr std::int32_t kWarpgroups = kConsumerWarps / 4;
   static constexpr std::int32_t kThreads = kConsumers + 32 * kProducerWarps;
   static constexpr std::int32_t kStages = kHeadDim == 256 ? 4 : kMaxStages;
-  static constexpr std::int32_t kLag = kStages / 2;  // stages on their way before the producer waits for the first
   static constexpr std::int32_t kStageBytes = kPages * kHeadDim * 2;
   static constexpr std::int32_t kSharedAt = kStages * kStageBytes;
   static constexpr std::int32_t kWordsAt = kSharedAt + static_cast<std::int32_t>(sizeof(Shared));
@@ -126,23 +127,35 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
   const std::uint32_t lane_offset = static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
                                     ptx::swizzle_128b(static_cast<std::uint32_t>(warp * kProducerPages + lane_row),
                                                       static_cast<std::uint32_t>(piece % 8 * 16));
-  const auto physical = [&](std::int32_t j) { return j >= 0 ? table[j] : -1; };
-  std::int32_t logical = pages.next(column, lane);
-  std::int32_t id = physical(logical);  // of a stage, read a stage ahead
+  // Ids of kBatch stages are on their way at once, a batch ahead.
+  constexpr std::int32_t kBatch = 4;
+  std::int32_t logical[kBatch], ids[kBatch], next_logical[kBatch], next_ids[kBatch];
+  const auto load_batch = [&] {
+#pragma unroll
+    for (std::int32_t i = 0; i < kBatch; ++i) {
+      next_logical[i] = pages.next(column, lane);
+      next_ids[i] = next_logical[i] >= 0 ? table[next_logical[i]] : -1;
+    }
+  };
+  load_batch();
 #pragma unroll 1
-  for (std::int32_t u = 0; u < num_stages + Shape::kLag; ++u) {
-    const std::int32_t count = stages_before + u;
-    if (u < num_stages) {
+  for (std::int32_t u = 0; u < num_stages; u += kBatch) {
+#pragma unroll
+    for (std::int32_t i = 0; i < kBatch; ++i) logical[i] = next_logical[i], ids[i] = next_ids[i];
+    if (u + kBatch < num_stages) load_batch();
+#pragma unroll
+    for (std::int32_t b = 0; b < kBatch; ++b) {
+      if (u + b >= num_stages) break;
+      const std::int32_t count = stages_before + u + b;
       const std::int32_t stage = count % Shape::kStages;
       // All ids first: a copy that waits for a shuffle keeps the next shuffle waiting.
       std::int32_t page[kCopies];  // this lane's: row i * kRowsPerCopy + lane_row
 #pragma unroll
-      for (std::int32_t i = 0; i < kCopies; ++i) page[i] = __shfl_sync(0xffffffffu, id, i * kRowsPerCopy + lane_row);
-      const std::int32_t current = logical;
-      logical = pages.next(column, lane);
-      id = physical(logical);
+      for (std::int32_t i = 0; i < kCopies; ++i) {
+        page[i] = __shfl_sync(0xffffffffu, ids[b], i * kRowsPerCopy + lane_row);
+      }
       ptx::mbarrier_wait(&shared.empty[stage], static_cast<std::uint32_t>(count / Shape::kStages & 1) ^ 1);
-      if (lane < kProducerPages) shared.stage_pages[stage * kPages + column] = current;
+      if (lane < kProducerPages) shared.stage_pages[stage * kPages + column] = logical[b];
       const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes) + lane_offset;
 #pragma unroll
       for (std::int32_t i = 0; i < kCopies; ++i) {
@@ -152,12 +165,10 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
             (to ^ static_cast<std::uint32_t>((row & 7) << 4)) + static_cast<std::uint32_t>(row * ptx::kSwizzleRowBytes),
             means + (valid ? std::int64_t{page[i]} * page_elements : 0), valid);
       }
+      ptx::cp_async_arrive(&shared.full[stage]);
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.full[stage]);  // the logical pages are written
     }
-    ptx::cp_async_commit();
-    if (u < Shape::kLag) continue;
-    ptx::cp_async_wait<Shape::kLag>();
-    ptx::fence_proxy_async_shared();
-    ptx::mbarrier_arrive(&shared.full[(count - Shape::kLag) % Shape::kStages]);
   }
 }
 
@@ -271,6 +282,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   const auto score_stage = [&](std::int32_t count) {
     const std::int32_t stage = count % Shape::kStages;
     ptx::mbarrier_wait(&shared.full[stage], static_cast<std::uint32_t>(count / Shape::kStages & 1));
+    ptx::fence_proxy_async_shared();
     const ptx::SmemDescriptor from = means.advanced(stage * Shape::kStageBytes).uniform();
 #pragma unroll
     for (float& x : s) x = 0.0f;  // otherwise the scores before count as live
@@ -289,6 +301,12 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[count % Shape::kStages]);
   };
 
+  // Without turns all warpgroups come to want exponentials at the same time, and then products at the same time.
+  const std::int32_t warpgroup = thread / 128;
+  const bool is_last = warpgroup + 1 == Shape::kWarpgroups;
+  const std::int32_t own_turn = kFirstTurn + warpgroup, next_turn = is_last ? kFirstTurn : own_turn + 1;
+  if (is_last && num_stages > 0) ptx::named_barrier_arrive(next_turn, 256);
+
   std::int32_t num_scored = tile.end;
   RowSums rows;
   float cut[2];
@@ -306,7 +324,11 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       }
     }
     float sum[2];
+    ptx::named_barrier_sync(own_turn, 256);
+    ptx::pin_registers(s);
     sum_stage(sum, rows, s, args.scale_log2);
+    ptx::pin_registers(sum);
+    if (!is_last || u + 1 < num_stages) ptx::named_barrier_arrive(next_turn, 256);
     if (__any_sync(0xffffffffu, !(sum[0] < kLargestSum) || !(sum[1] < kLargestSum))) {
       move_references(rows, s, args.scale_log2);
       sum_stage(sum, rows, s, args.scale_log2);
@@ -374,7 +396,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kTiles>::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared*>(memory + Shape::kSharedAt);
   if (threadIdx.x == 0) {
     for (std::int32_t stage = 0; stage < Shape::kStages; ++stage) {
-      ptx::mbarrier_init(&shared.full[stage], 32 * kProducerWarps);
+      ptx::mbarrier_init(&shared.full[stage], 33 * kProducerWarps);
       ptx::mbarrier_init(&shared.empty[stage], Shape::kConsumerWarps);
     }
     for (std::int32_t tile = 0; tile < kTiles; ++tile) shared.num_bad_rows[tile] = 0;

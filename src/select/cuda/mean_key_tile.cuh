@@ -47,7 +47,7 @@ __device__ __forceinline__ MeanKeyTile find_tile(const MeanKeyArgs& args, std::i
   tile.q_begin = block.q_begin;
   tile.kv_head = kv_head;
   tile.mask_row = args.mask + (std::int64_t{tile.kv_head} * args.max_blocks + block_idx) * args.words_per_row;
-  tile.rows = block.tokens * args.group;
+  tile.rows = chunk.is_short != 0 ? 0 : block.tokens * args.group;
   tile.past_pages = chunk.chunk_start / args.page_tokens;
   tile.end = block.first_position / args.page_tokens;
   tile.candidate_margin = log2f(MeanKeyTile::threshold(args, tile.end)) - kCutSlackLog2;

@@ -28,7 +28,8 @@ struct StepShape {
   std::int32_t max_pairs = 0;
   std::int32_t max_spans = 0;
   std::int32_t words_per_row = 0;
-  std::int32_t list_capacity = 0;  // entries of a list
+  std::int32_t list_capacity = 0;       // entries of a list
+  std::int32_t min_context_tokens = 0;  // below: all pages, without selection
 };
 
 // A chunk and the places of its query blocks and spans. A chunk with a mistake has no tokens; its places stay empty.
@@ -40,7 +41,7 @@ struct StepChunk {
   std::int32_t first_block = 0;
   std::int32_t first_span = 0;
   std::int32_t num_spans = 0;
-  std::int32_t reserved = 0;
+  std::int32_t is_short = 0;  // below min_context_tokens
 };
 static_assert(sizeof(StepChunk) == 32);
 

@@ -85,7 +85,10 @@ CA_HOST_DEVICE void plan_chunk(Block& block, const PlanArgs& args, std::int32_t 
   if (block.index() == 0) {
     if (!good) block.report(args.error, static_cast<std::int32_t>(error));
     StepChunk place{};
-    if (good) place = {chunk.q_begin, chunk.chunk_tokens, chunk.chunk_start, chunk.table_row, 0, 0, 0, 0};
+    if (good) {
+      const bool is_short = chunk.chunk_start + chunk.chunk_tokens < s.min_context_tokens;
+      place = {chunk.q_begin, chunk.chunk_tokens, chunk.chunk_start, chunk.table_row, 0, 0, 0, is_short ? 1 : 0};
+    }
     place.first_block = static_cast<std::int32_t>(blocks_before < s.max_blocks ? blocks_before : s.max_blocks);
     place.first_span = static_cast<std::int32_t>(spans_before < s.max_spans ? spans_before : s.max_spans);
     place.num_spans = num_spans;

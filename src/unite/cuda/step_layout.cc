@@ -54,6 +54,10 @@ Status check_numbers(const CudaStepInput& input) {
     return missing("max_context_tokens is {}: {} pages; kernels exist for {}", input.max_context_tokens, most_pages,
                    kMaxMaskWords * 64);
   }
+  if (input.crosses_over && (input.crossover.min_context_tokens < 0 || input.crossover.margin_1024ths < 0)) {
+    return wrong("crossover: min_context_tokens is {}, margin_1024ths {}; 0 or more",
+                 input.crossover.min_context_tokens, input.crossover.margin_1024ths);
+  }
   if (input.options.list_dropped)
     return missing("union options: list_dropped; lists of dropped pages are made on the CPU");
   return {};
@@ -95,6 +99,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   s.span_tokens = span_tokens_of(input.options, heads.heads_per_unit);
   s.words_per_row = words_for_bits(input.max_context_tokens / input.page_tokens);
   s.list_capacity = num_runs(0, input.max_context_tokens, input.page_tokens);
+  s.min_context_tokens = input.crosses_over ? input.crossover.min_context_tokens : 0;
   const std::int64_t max_blocks = most_runs(input.num_q_tokens, input.num_chunks, s.block_tokens);
   const std::int64_t max_spans = most_runs(input.num_q_tokens, input.num_chunks, s.span_tokens);
   const std::int64_t max_units = max_spans * s.sub_groups;
@@ -158,6 +163,8 @@ UniteArgs unite_args(const StepLayout& layout, const CudaStepInput& input, const
           .forced = input.forced,
           .adaptive = input.options.mode == UnionMode::kAdaptive,
           .max_inflation_1024ths = input.options.max_inflation_1024ths,
+          .crosses_over = input.crosses_over,
+          .margin_1024ths = input.crossover.margin_1024ths,
           .cost = input.options.cost,
           .node_words = reinterpret_cast<std::uint64_t*>(base + layout.node_words),
           .nodes = reinterpret_cast<UniteNode*>(base + layout.nodes),

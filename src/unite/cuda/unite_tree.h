@@ -45,8 +45,11 @@ struct UniteArgs {
   std::int64_t page_table_stride = 0;
   const std::uint64_t* mask = nullptr;  // [Hkv, max_blocks, words_per_row]
   ForcedPages forced;
+  bool dense = false;  // all pages, asked for
   bool adaptive = false;
   std::int32_t max_inflation_1024ths = 0;
+  bool crosses_over = false;
+  std::int32_t margin_1024ths = 0;  // CrossoverPolicy
   CostModel cost;
   std::uint64_t* node_words = nullptr;  // scratch [max_nodes, words_per_row]
   UniteNode* nodes = nullptr;           // scratch [max_nodes]
@@ -101,9 +104,25 @@ class UniteTree {
   CA_HOST_DEVICE void run(Team& team) {
     if (tree_ == 0 && team.warp() == 0 && team.lane() == 0) *args_.lists.num_units = args_.tables.header->num_units;
     UnionStats& stats = args_.lists.stats[tree_];
+    const std::int64_t visible = std::int64_t{chunk_.chunk_tokens} * args_.shape.heads_per_unit * past_pages_;
+    const auto finish = [&](std::int64_t listed, std::int64_t wanted, DenseReason reason) {
+      if (team.warp() != 0 || team.lane() != 0) return;
+      stats.listed_row_pages = listed;
+      stats.wanted_row_pages = wanted;
+      stats.visible_row_pages = visible;
+      if (args_.lists.reasons != nullptr) args_.lists.reasons[tree_] = reason;
+    };
     if (chunk_.chunk_tokens == 0) {
       for (std::int32_t k = team.warp(); k < chunk_.num_spans; k += team.num_warps()) leave_empty(team, k);
-      if (team.warp() == 0 && team.lane() == 0) stats = UnionStats{};
+      finish(0, 0, DenseReason::kNone);
+      return;
+    }
+    if (args_.dense || chunk_.is_short != 0) {
+      list_all_pages(team);
+      finish(visible, visible,
+             past_pages_ == 0 ? DenseReason::kFirstChunk
+             : args_.dense    ? DenseReason::kRequested
+                              : DenseReason::kShortContext);
       return;
     }
     clear_leaves(team);
@@ -113,7 +132,7 @@ class UniteTree {
       unite_rows(team, i / slices, i % slices, slices);
     }
     team.sync();
-    std::int64_t wanted = 0, listed = 0;  // rows * pages of this warp's leaves and units, the sum in lane 0
+    std::int64_t wanted = 0, listed = 0, cost = 0;  // rows * pages of this warp's leaves and units, the sum in lane 0
     for (std::int32_t k = team.warp(); k < leaves_.count; k += team.num_warps()) wanted += finish_leaf(team, k);
     UniteLevel below = leaves_;
     for (std::int32_t level = 1; level <= num_levels_; ++level) {
@@ -123,18 +142,23 @@ class UniteTree {
       below = here;
     }
     team.sync();
+    wanted = team.sum(wanted);
+    if (args_.crosses_over && past_pages_ > 0) {
+      if (team.lane() == 0) {
+        for (std::int32_t i = team.warp(); i < below.count; i += team.num_warps()) cost += nodes_[below.base + i].cost;
+      }
+      if (team.sum(cost) * (1024 + args_.margin_1024ths) >= cost_of(chunk_.chunk_tokens, past_pages_) * 1024) {
+        list_all_pages(team);
+        finish(visible, wanted, DenseReason::kHighDensity);
+        return;
+      }
+    }
     const std::int32_t words = args_.shape.words_per_row;  // 0 in a step without a past: chunk pages are listed
     const std::int32_t word_slices = words <= kEmitWords ? 1 : (words + kEmitWords - 1) / kEmitWords;
     for (std::int32_t i = team.warp(); i < leaves_.count * word_slices; i += team.num_warps()) {
       listed += emit(team, i / word_slices, i % word_slices);
     }
-    wanted = team.sum(wanted);
-    listed = team.sum(listed);
-    if (team.warp() == 0 && team.lane() == 0) {
-      stats.listed_row_pages = listed;
-      stats.wanted_row_pages = wanted;
-      stats.visible_row_pages = std::int64_t{chunk_.chunk_tokens} * args_.shape.heads_per_unit * past_pages_;
-    }
+    finish(team.sum(listed), wanted, past_pages_ == 0 ? DenseReason::kFirstChunk : DenseReason::kNone);
   }
 
  private:
@@ -281,24 +305,11 @@ class UniteTree {
       return 0;
     }
     const UniteNode node = nodes_[node_idx];
-    const std::int32_t slot = first_slot_ + k;
-    const std::int32_t list_begin = slot * s.list_capacity;
     if (slice == 0 && team.lane() == 0) {
-      const std::int32_t q_head = tree_ % s.sub_groups * s.heads_per_unit;
-      const std::int32_t offset = tokens_of(leaves_.first + k, s.span_tokens).begin - chunk_.chunk_start;
-      AttentionUnit unit;
-      unit.q_begin = chunk_.q_begin + offset;
-      unit.q_len = node.tokens;
-      unit.q_head = q_head;
-      unit.kv_head = q_head / s.group;
-      unit.list_begin = list_begin;
-      unit.past_tokens = chunk_.chunk_start - (past_pages_ - node.pages) * s.page_tokens;
-      unit.list_tokens = unit.past_tokens + chunk_.chunk_tokens;
-      unit.causal_shift = offset;
-      args_.lists.units[slot] = unit;
+      write_unit(k, tokens_of(leaves_.first + k, s.span_tokens).begin - chunk_.chunk_start, node.tokens, node.pages);
     }
-    const std::int32_t* table = args_.page_tables + chunk_.table_row * args_.page_table_stride;
-    std::int32_t* ids = args_.lists.page_ids + list_begin;
+    const std::int32_t* table = page_table();
+    std::int32_t* ids = args_.lists.page_ids + list_begin(k);
     const std::uint64_t* words = words_of(node_idx);
     const std::int32_t first_word = slice * kEmitWords;
     const std::int32_t before = count_pages(team, words, first_word);
@@ -321,6 +332,37 @@ class UniteTree {
     for (std::int32_t j = team.lane(); j < chunk_pages_; j += team.lanes())
       ids[node.pages + j] = table[past_pages_ + j];
     return team.lane() == 0 ? std::int64_t{node.tokens} * s.heads_per_unit * node.pages : 0;
+  }
+
+  CA_HOST_DEVICE const std::int32_t* page_table() const {
+    return args_.page_tables + chunk_.table_row * args_.page_table_stride;
+  }
+  CA_HOST_DEVICE std::int32_t list_begin(std::int32_t k) const { return (first_slot_ + k) * args_.shape.list_capacity; }
+
+  // The unit in the place of span k: `tokens` from `offset` in the chunk on.
+  CA_HOST_DEVICE void write_unit(std::int32_t k, std::int32_t offset, std::int32_t tokens, std::int32_t past_pages) {
+    const std::int32_t q_head = tree_ % args_.shape.sub_groups * args_.shape.heads_per_unit;
+    AttentionUnit unit;
+    unit.q_begin = chunk_.q_begin + offset;
+    unit.q_len = tokens;
+    unit.q_head = q_head;
+    unit.kv_head = q_head / args_.shape.group;
+    unit.list_begin = list_begin(k);
+    unit.past_tokens = chunk_.chunk_start - (past_pages_ - past_pages) * args_.shape.page_tokens;
+    unit.list_tokens = unit.past_tokens + chunk_.chunk_tokens;
+    unit.causal_shift = offset;
+    args_.lists.units[first_slot_ + k] = unit;
+  }
+
+  // One unit for the whole chunk, in the place of the first span.
+  template <class Team>
+  CA_HOST_DEVICE void list_all_pages(Team& team) {
+    const std::int32_t num_lanes = team.num_warps() * team.lanes(), lane = team.warp() * team.lanes() + team.lane();
+    const std::int32_t* table = page_table();
+    std::int32_t* ids = args_.lists.page_ids + list_begin(0);
+    for (std::int32_t j = lane; j < past_pages_ + chunk_pages_; j += num_lanes) ids[j] = table[j];
+    for (std::int32_t k = team.warp() + 1; k < leaves_.count; k += team.num_warps()) leave_empty(team, k);
+    if (lane == 0) write_unit(0, 0, chunk_.chunk_tokens, past_pages_);
   }
 
   template <class Team>
