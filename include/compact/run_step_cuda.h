@@ -4,8 +4,8 @@
 ///   plan_step_cuda       once per step, into the same workspace
 ///   run_step_cuda        per layer
 ///
-/// Calls neither synchronise nor allocate, and can be captured in a CUDA graph: chunks, lengths and page tables are read
-/// from the device at every replay, so that one graph serves every step of the same bounds.
+/// Calls neither synchronise nor allocate, and can be captured in a CUDA graph: chunks, lengths and page tables are
+/// read from the device at every replay, so that one graph serves every step of the same bounds.
 #pragma once
 
 #include <cstdint>

@@ -47,7 +47,7 @@ struct Shared {
   std::uint64_t empty[kMaxStages];  // arrivals: consumer warps
   std::int32_t num_bad_rows[kMaxTiles];
   std::int32_t marked_pages[kProducerWarps][2 * kPages];  // ring of each producer
-  std::int32_t stage_pages[kMaxStages * kPages];          // second pass: logical page of each column, -1: none
+  std::int32_t stage_pages[kMaxStages * kPages];          // logical page of each column, -1: none
 };
 
 template <std::int32_t kHeadDim, std::int32_t kTiles>
@@ -121,9 +121,10 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
   const std::int32_t piece = lane % kPieces;
   const std::int32_t lane_row = lane / kPieces;
   const std::int32_t column = warp * kProducerPages + lane % kProducerPages;  // whose page this lane finds
-  const std::int32_t* table = shared.tiles[0].table;
+  const MeanKeyTile& tile = shared.tiles[0];
+  const std::int32_t* table = tile.table;
   const std::int32_t page_elements = args.num_kv_heads * kHeadDim;
-  const std::uint16_t* means = args.mean_k + shared.tiles[0].kv_head * kHeadDim + piece * 8;
+  const std::uint16_t* means = args.mean_k + tile.kv_head * kHeadDim + piece * 8;
   const std::uint32_t lane_offset = static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
                                     ptx::swizzle_128b(static_cast<std::uint32_t>(warp * kProducerPages + lane_row),
                                                       static_cast<std::uint32_t>(piece % 8 * 16));
@@ -135,6 +136,10 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
     for (std::int32_t i = 0; i < kBatch; ++i) {
       next_logical[i] = pages.next(column, lane);
       next_ids[i] = next_logical[i] >= 0 ? table[next_logical[i]] : -1;
+      // Of the chunk's own pages some have no mean; in the second pass there are none.
+      if (next_logical[i] >= tile.past_pages && !page_has_mean(args, tile, next_logical[i], next_ids[i])) {
+        next_logical[i] = next_ids[i] = -1;
+      }
     }
   };
   load_batch();
@@ -313,9 +318,17 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
 #pragma unroll 1
   for (std::int32_t u = 0; u < num_stages; ++u) {
     score_stage(u);
+    std::uint64_t scored = ~std::uint64_t{0};
+    const bool has_own_pages = (u + 1) * kPages > past_pages;  // pages of the chunk, or none
+    if (has_own_pages) {
+      const std::int32_t* pages = &shared.stage_pages[u % Shape::kStages * kPages];
+      const auto is_scored = [&](std::int32_t page) { return page >= 0 && page < tile.end; };
+      const std::uint32_t low = __ballot_sync(0xffffffffu, is_scored(pages[lane]));
+      const std::uint32_t high = __ballot_sync(0xffffffffu, is_scored(pages[32 + lane]));
+      scored = std::uint64_t{high} << 32 | low;
+    }
     free_stage(u);
-    if ((u + 1) * kPages > past_pages) {
-      const std::uint64_t scored = scored_pages(args, tile, u * kPages, lane);
+    if (has_own_pages) {
       num_scored -= num_unscored(tile, u * kPages, scored);
       const std::uint64_t of_lane = scored >> (lane % 4 * 2);
 #pragma unroll
@@ -406,19 +419,22 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kTiles>::kThreads, 1)
   // KV heads of a block, or a pair of blocks, side by side.
   const auto place = static_cast<std::int32_t>(blockIdx.x) / args.num_kv_heads;
   const std::int32_t kv_head = static_cast<std::int32_t>(blockIdx.x) - place * args.num_kv_heads;
-  BlockPair blocks{place, 1};
+  const bool finds_tile = threadIdx.x % 32 == 0 && threadIdx.x / 32 < kTiles;
   if constexpr (kTiles == 2) {
-    if (place >= args.tables.header->num_pairs) return;
-    blocks = args.tables.pairs[place];
-    if (blocks.num_blocks == 0) return;
+    if (finds_tile) {  // before the header is here: places that do not exist can be read
+      const auto i = static_cast<std::int32_t>(threadIdx.x) / 32;
+      const BlockPair pair = args.tables.pairs[place];
+      MeanKeyTile tile{};
+      if (place < args.tables.header->num_pairs && pair.num_blocks > 0) {
+        const std::int32_t k = min(i, pair.num_blocks - 1);
+        tile = make_tile(args, pair.blocks[k], pair.chunk, pair.first_block + k, kv_head);
+        if (k < i) tile.rows = 0;
+      }
+      shared.tiles[i] = tile;
+    }
   } else {
     if (place >= args.tables.header->num_blocks) return;
-  }
-  if (threadIdx.x % 32 == 0 && threadIdx.x / 32 < kTiles) {
-    const auto i = static_cast<std::int32_t>(threadIdx.x) / 32;
-    MeanKeyTile tile = find_tile(args, blocks.first_block + min(i, blocks.num_blocks - 1), kv_head);
-    if (i >= blocks.num_blocks) tile.rows = 0;
-    shared.tiles[i] = tile;
+    if (finds_tile) shared.tiles[0] = find_tile(args, place, kv_head);
   }
   __syncthreads();
   const MeanKeyTile& first = shared.tiles[0];

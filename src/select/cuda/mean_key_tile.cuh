@@ -38,10 +38,8 @@ struct MeanKeyTile {
 };
 
 // The tile of a block and a KV head.
-__device__ __forceinline__ MeanKeyTile find_tile(const MeanKeyArgs& args, std::int32_t block_idx,
-                                                 std::int32_t kv_head) {
-  const QueryBlock block = args.tables.blocks[block_idx];
-  const StepChunk chunk = args.tables.chunks[block.chunk];
+__device__ __forceinline__ MeanKeyTile make_tile(const MeanKeyArgs& args, const QueryBlock& block,
+                                                 const StepChunk& chunk, std::int32_t block_idx, std::int32_t kv_head) {
   MeanKeyTile tile;
   tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
   tile.q_begin = block.q_begin;
@@ -53,15 +51,23 @@ __device__ __forceinline__ MeanKeyTile find_tile(const MeanKeyArgs& args, std::i
   tile.candidate_margin = log2f(MeanKeyTile::threshold(args, tile.end)) - kCutSlackLog2;
   return tile;
 }
+__device__ __forceinline__ MeanKeyTile find_tile(const MeanKeyArgs& args, std::int32_t block_idx,
+                                                 std::int32_t kv_head) {
+  const QueryBlock block = args.tables.blocks[block_idx];
+  return make_tile(args, block, args.tables.chunks[block.chunk], block_idx, kv_head);
+}
+
+// Whether page j before the end has a mean: pages before the chunk do, of the chunk's own those that it covers.
+__device__ __forceinline__ bool page_has_mean(const MeanKeyArgs& args, const MeanKeyTile& tile, std::int32_t j,
+                                              std::int32_t physical_page) {
+  return j < tile.past_pages || args.mean_tokens == nullptr || args.mean_tokens[physical_page] == args.page_tokens;
+}
 
 // Bits of the 64 pages from `first` on that have a mean: complete pages before the end, and of the chunk's own pages
 // those whose mean covers them. All lanes of a warp together.
 __device__ __forceinline__ std::uint64_t scored_pages(const MeanKeyArgs& args, const MeanKeyTile& tile,
                                                       std::int32_t first, std::int32_t lane) {
-  const auto scored = [&](std::int32_t j) {
-    return j < tile.end &&
-           (j < tile.past_pages || args.mean_tokens == nullptr || args.mean_tokens[tile.table[j]] == args.page_tokens);
-  };
+  const auto scored = [&](std::int32_t j) { return j < tile.end && page_has_mean(args, tile, j, tile.table[j]); };
   const std::uint32_t low = __ballot_sync(0xffffffffu, scored(first + lane));
   const std::uint32_t high = __ballot_sync(0xffffffffu, scored(first + 32 + lane));
   return std::uint64_t{high} << 32 | low;

@@ -45,10 +45,13 @@ struct StepChunk {
 };
 static_assert(sizeof(StepChunk) == 32);
 
-// Two neighbouring query blocks of a chunk, or its last one alone: they want the same mean keys.
+// Two neighbouring query blocks of a chunk, or its last one alone: they want the same mean keys. Everything that a CTA
+// wants to know lies here, so that it waits for memory once.
 struct BlockPair {
   std::int32_t first_block = 0;
   std::int32_t num_blocks = 0;  // 0: nothing to do
+  QueryBlock blocks[2] = {};
+  StepChunk chunk;
 };
 
 struct StepHeader {

@@ -1,7 +1,7 @@
 // A layer's step: where its intermediate results lie, and the calls in order.
-#include "compact/run_step_cuda.h"
-
 #include <fmt/format.h>
+
+#include "compact/run_step_cuda.h"
 
 namespace compact {
 namespace {

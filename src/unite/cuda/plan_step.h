@@ -82,16 +82,16 @@ CA_HOST_DEVICE void plan_chunk(Block& block, const PlanArgs& args, std::int32_t 
     }
   }
   const bool good = error == CudaStepError::kNone;
+  StepChunk place{};
+  if (good) {
+    const bool is_short = chunk.chunk_start + chunk.chunk_tokens < s.min_context_tokens;
+    place = {chunk.q_begin, chunk.chunk_tokens, chunk.chunk_start, chunk.table_row, 0, 0, 0, is_short ? 1 : 0};
+  }
+  place.first_block = static_cast<std::int32_t>(blocks_before < s.max_blocks ? blocks_before : s.max_blocks);
+  place.first_span = static_cast<std::int32_t>(spans_before < s.max_spans ? spans_before : s.max_spans);
+  place.num_spans = num_spans;
   if (block.index() == 0) {
     if (!good) block.report(args.error, static_cast<std::int32_t>(error));
-    StepChunk place{};
-    if (good) {
-      const bool is_short = chunk.chunk_start + chunk.chunk_tokens < s.min_context_tokens;
-      place = {chunk.q_begin, chunk.chunk_tokens, chunk.chunk_start, chunk.table_row, 0, 0, 0, is_short ? 1 : 0};
-    }
-    place.first_block = static_cast<std::int32_t>(blocks_before < s.max_blocks ? blocks_before : s.max_blocks);
-    place.first_span = static_cast<std::int32_t>(spans_before < s.max_spans ? spans_before : s.max_spans);
-    place.num_spans = num_spans;
     args.tables.chunks[b] = place;
     if (b + 1 == s.num_chunks) {
       const std::int32_t first_pair =
@@ -100,21 +100,26 @@ CA_HOST_DEVICE void plan_chunk(Block& block, const PlanArgs& args, std::int32_t 
                              (place.first_span + num_spans) * s.sub_groups};
     }
   }
+  const auto block_at = [&](std::int32_t i) {
+    if (!good) return QueryBlock{};
+    const std::int32_t edge = (chunk.chunk_start / s.block_tokens + i) * s.block_tokens;
+    const std::int32_t end = chunk.chunk_start + chunk.chunk_tokens;
+    const std::int32_t first = edge < chunk.chunk_start ? chunk.chunk_start : edge;
+    const std::int32_t last = edge + s.block_tokens < end ? edge + s.block_tokens : end;
+    return QueryBlock{b, chunk.q_begin + first - chunk.chunk_start, last - first, first};
+  };
   for (std::int32_t i = block.index(); i < num_blocks; i += block.size()) {
-    QueryBlock one{};
-    if (good) {
-      const std::int32_t edge = (chunk.chunk_start / s.block_tokens + i) * s.block_tokens;
-      const std::int32_t end = chunk.chunk_start + chunk.chunk_tokens;
-      const std::int32_t first = edge < chunk.chunk_start ? chunk.chunk_start : edge;
-      const std::int32_t last = edge + s.block_tokens < end ? edge + s.block_tokens : end;
-      one = {b, chunk.q_begin + first - chunk.chunk_start, last - first, first};
-    }
-    args.tables.blocks[blocks_before + i] = one;
+    args.tables.blocks[blocks_before + i] = block_at(i);
   }
   for (std::int32_t i = block.index(); i < num_pairs; i += block.size()) {
     BlockPair pair{};
     const std::int32_t left = num_blocks - 2 * i;  // below 1 in a chunk whose blocks have no places
-    if (good && left > 0) pair = {static_cast<std::int32_t>(blocks_before) + 2 * i, left < 2 ? left : 2};
+    if (good && left > 0) {
+      pair.first_block = static_cast<std::int32_t>(blocks_before) + 2 * i;
+      pair.num_blocks = left < 2 ? left : 2;
+      for (std::int32_t k = 0; k < pair.num_blocks; ++k) pair.blocks[k] = block_at(2 * i + k);
+      pair.chunk = place;
+    }
     args.tables.pairs[pairs_before + i] = pair;
   }
 }
