@@ -9,7 +9,17 @@ namespace compact::engine {
 CommandBody add_bench_command(CLI::App& app) {
   CLI::App* bench = app.add_subcommand("bench", "Time parts of a prefill beside dense of the same backend");
   bench->require_subcommand(1);
-  return add_bench_step_command(*bench);
+  std::vector<std::pair<CLI::App*, CommandBody>> commands;
+  for (const auto add : {add_bench_step_command, add_bench_select_command}) {
+    auto body = add(*bench);
+    commands.emplace_back(bench->get_subcommands({}).back(), std::move(body));
+  }
+  return [commands]() -> Status {
+    for (const auto& [command, body] : commands) {
+      if (command->parsed()) return body();
+    }
+    return {};
+  };
 }
 
 }  // namespace compact::engine

@@ -21,7 +21,8 @@ CommandBody add_eval_ruler_command(CLI::App& eval);
 CommandBody add_eval_merge_command(CLI::App& eval);
 CommandBody add_eval_recall_command(CLI::App& eval);
 
-// Subcommand of `compact bench`.
+// Subcommands of `compact bench`.
 CommandBody add_bench_step_command(CLI::App& bench);
+CommandBody add_bench_select_command(CLI::App& bench);
 
 }  // namespace compact::engine

@@ -42,7 +42,9 @@ Status doctor(const DoctorFlags& flags) {
   fmt::print("backend cpu      yes: {} kernels, {} threads, {:.1f} GB memory ({:.1f} GB free)\n",
              cpu_attention_target(), pool.num_threads(), memory_gigabytes(_SC_PHYS_PAGES),
              memory_gigabytes(_SC_AVPHYS_PAGES));
-  fmt::print("backend cuda     no: the engine runs on the CPU; attention on CUDA is in the library, not proven on hardware yet\n");
+  fmt::print(
+      "backend cuda     no: the engine runs on the CPU; attention on CUDA is in the library, not proven on hardware "
+      "yet\n");
   fmt::print("selectors        {}\n", selector_names());
   fmt::print("union modes      paper, span, tile, adaptive\n");
   fmt::print("architectures    LlamaForCausalLM, Qwen3ForCausalLM (dense); weights F32, BF16, F16\n");

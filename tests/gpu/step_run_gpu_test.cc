@@ -232,7 +232,7 @@ struct Soak {
         error(std::vector<std::int32_t>{0}) {}
 };
 
-// Attention on these lists in fp32 on the CPU, against the rows of the device; the relative Frobenius error.
+// Attention on these lists by the CPU reference, against the rows of the device; the relative Frobenius error.
 double error_of_output(const StepCase& c, const Arena& arena, const PageLists& lists, const CudaStepLayer& layer,
                        const std::vector<Bf16>& got) {
   const std::int32_t heads = c.input.num_q_heads, d = arena.head_dim, rows = c.input.num_q_tokens;
@@ -242,14 +242,13 @@ double error_of_output(const StepCase& c, const Arena& arena, const PageLists& l
       q.push_back(to_float(arena.host_q[static_cast<std::size_t>(t * Arena::kQueryHeads * d + x)]));
     }
   }
-  ThreadPool pool(1);
   const AttentionInput input{contiguous_rows<const float>(q.data(), rows, heads, d),
                              arena.host_kv,
                              lists.units,
                              lists.page_ids,
                              lists.heads_per_unit,
                              layer.select.softmax_scale};
-  const Status status = attend_cpu(input, {contiguous_rows(o.data(), rows, heads, d), nullptr}, pool);
+  const Status status = attend_reference(input, {contiguous_rows(o.data(), rows, heads, d), nullptr});
   EXPECT_TRUE(status.ok()) << status.message();
   double wrong = 0, all = 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
@@ -264,7 +263,7 @@ double error_of_output(const StepCase& c, const Arena& arena, const PageLists& l
 }
 
 // Everything that no step may read holds NaN: spare pages, rows behind a context, workspace, outputs. Every step's rows
-// come out finite, and where they belong; every hundredth is compared with the CPU, stage by stage.
+// come out finite, and where they belong; one in 250 is compared with the CPU, stage by stage.
 TEST(StepRunGpu, TenThousandRandomStepsAmongPoison) {
   std::vector<std::unique_ptr<Soak>> soaks;
   soaks.push_back(std::make_unique<Soak>(64, 16));
@@ -334,7 +333,7 @@ TEST(StepRunGpu, TenThousandRandomStepsAmongPoison) {
     const auto num_stats = static_cast<std::size_t>(sizes->num_stats);
     const auto reasons = soak.reasons.download<DenseReason>(num_stats);
     for (const DenseReason reason : reasons) ++counts[static_cast<std::size_t>(reason)];
-    if (seed % 100 != 0 || sizes->max_units == 0) continue;
+    if (seed % 250 != 0 || sizes->max_units == 0) continue;
 
     // Stage by stage: the mask's lists are the CPU's where no crossover spoke, the output is attention on the lists.
     const CudaPageLists lists{soak.units.as<AttentionUnit>(), soak.num_units.as<std::int32_t>(),
@@ -382,7 +381,7 @@ TEST(StepRunGpu, TenThousandRandomStepsAmongPoison) {
   fmt::print("{} steps compared; chunks and sub-groups by reason:", compared);
   for (const std::int64_t count : counts) fmt::print(" {}", count);
   fmt::print("\n");
-  EXPECT_GT(compared, 80);
+  EXPECT_GT(compared, 30);
   for (const DenseReason reason : {DenseReason::kNone, DenseReason::kFirstChunk, DenseReason::kShortContext,
                                    DenseReason::kHighDensity, DenseReason::kRequested}) {
     EXPECT_GT(counts[static_cast<std::size_t>(reason)], 50) << dense_reason_name(reason);

@@ -4,13 +4,14 @@
 // docs/design/step-kernels.md.
 //
 //   producers  4 warps gather stages of 64 means through the page table by cp.async, 16 each, into the layout of wgmma
-//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T with Q in registers, a stage at a time. They take
-//   exponentials
-//              in turns: while one does, the others wait for products and mark pages
+//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T with Q in registers, a stage at a time. Their halves take
+//              exponentials in turns: while one does, the other waits for products and marks pages
 //   pass 1     all pages: sums of the rows in base 2, against a reference that is moved only when a sum grows large.
 //              A page with a score above its row's running cut is marked
-//   pass 2     the marked pages alone, packed 64 to a stage: the same scores, compared with the final cut
-//   barriers   full[stage] and empty[stage]; CTA-wide only between the passes
+//   pass 2     the marked pages alone, packed 64 to a stage: the same scores, compared with the final cut. Their means
+//   are
+//              fetched while the first pass still runs
+//   barriers   full[stage] and empty[stage]; one of all consumers between the passes
 //
 // The vote is an OR of rows, so warps meet only in mask words, by integer atomics: same input, same bits.
 #include <cmath>
@@ -39,13 +40,14 @@ constexpr std::int32_t kMaxStages = 8;
 constexpr std::int32_t kPanelBytes = kPages * ptx::kSwizzleRowBytes;
 constexpr float kLargestSum = 4294967296.0f;  // 2^32: then the reference moves
 
-enum NamedBarrier { kPagesMarked = 1, kWordsDone = 2, kFirstTurn = 3 };  // a turn for each consumer warpgroup
+enum NamedBarrier { kWordsDone = 1, kFirstTurn = 2 };  // a turn for each half of the consumers
 
 struct Shared {
   MeanKeyTile tiles[kMaxTiles];     // the second has no rows if the CTA has one block
   std::uint64_t full[kMaxStages];   // arrivals: threads of the producers whose copies have landed, and their warps
   std::uint64_t empty[kMaxStages];  // arrivals: consumer warps
   std::int32_t num_bad_rows[kMaxTiles];
+  std::int32_t num_marked[kMaxTiles * kTileWarps];        // stages that a consumer warp has marked
   std::int32_t marked_pages[kProducerWarps][2 * kPages];  // ring of each producer
   std::int32_t stage_pages[kMaxStages * kPages];          // logical page of each column, -1: none
 };
@@ -54,7 +56,6 @@ template <std::int32_t kHeadDim, std::int32_t kTiles>
 struct Sm90Shape {
   static constexpr std::int32_t kConsumerWarps = kTiles * kTileWarps;
   static constexpr std::int32_t kConsumers = 32 * kConsumerWarps;
-  static constexpr std::int32_t kWarpgroups = kConsumerWarps / 4;
   static constexpr std::int32_t kThreads = kConsumers + 32 * kProducerWarps;
   static constexpr std::int32_t kStages = kHeadDim == 256 ? 4 : kMaxStages;
   static constexpr std::int32_t kStageBytes = kPages * kHeadDim * 2;
@@ -68,27 +69,34 @@ struct Sm90Shape {
 };
 static_assert(sizeof(Shared) % 8 == 0, "words follow");
 
-// Pages in order. `next`: logical page of column `column` in the next stage, -1: none; all lanes of a warp together.
+// Pages in order. `next`: the logical page of column `column` in the next stage, -1: none; false: there is no stage.
+// All lanes of a warp together.
 struct AllPages {
   std::int32_t first, end;
 
-  __device__ __forceinline__ std::int32_t next(std::int32_t column, std::int32_t) {
+  __device__ __forceinline__ bool next(std::int32_t column, std::int32_t, std::int32_t& page) {
     const std::int32_t j = first + column;
+    page = j < end ? j : -1;
     first += kPages;
-    return j < end ? j : -1;
+    return first - kPages < end;
   }
 };
 
-// The marked ones, in order: words are unpacked into a ring until there is a stage. Every producer does it for itself.
+// The marked ones, in order, while the first pass still marks: a word is read once every consumer warp is past its
+// stage, and unpacked into a ring until there is a stage. Every producer does it for itself.
+template <std::int32_t kConsumerWarps>
 struct MarkedPages {
   const std::uint64_t* words;
-  std::int32_t* ring;  // [2 * kPages]
+  const volatile std::int32_t* num_marked;  // [kConsumerWarps]
+  std::int32_t* ring;                       // [2 * kPages]
   std::int32_t past_pages;
   std::int32_t num_words;
   std::int32_t next_word = 0, num_found = 0, num_taken = 0;
 
-  __device__ __forceinline__ std::int32_t next(std::int32_t column, std::int32_t lane) {
+  __device__ __forceinline__ bool next(std::int32_t column, std::int32_t lane, std::int32_t& page) {
     while (num_found < num_taken + kPages && next_word < num_words) {
+      while (!__all_sync(0xffffffffu, lane >= kConsumerWarps || num_marked[lane] > next_word)) __nanosleep(100);
+      __threadfence_block();
       const std::uint64_t word = words[next_word] & bits_in_word(0, past_pages, next_word);
 #pragma unroll
       for (std::int32_t bit = lane; bit < 64; bit += 32) {
@@ -101,18 +109,18 @@ struct MarkedPages {
     }
     __syncwarp();
     const std::int32_t at = num_taken + column;
-    const std::int32_t page = at < num_found ? ring[at % (2 * kPages)] : -1;
+    page = at < num_found ? ring[at % (2 * kPages)] : -1;
     __syncwarp();
     num_taken += kPages;
-    return page;
+    return num_taken - kPages < num_found;
   }
 };
 
-// A pass of a producer warp over `num_stages` stages: its columns of each. `stages_before`: stages of the pass before,
-// which the barriers have counted.
-template <std::int32_t kHeadDim, std::int32_t kTiles, class Pages>
+// A pass of a producer warp: its columns of each stage. `count`: stages of the kernel so far. The ids of kBatch stages
+// are on their way at once.
+template <std::int32_t kHeadDim, std::int32_t kTiles, std::int32_t kBatch, class Pages>
 __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& shared, std::uint32_t ring, Pages pages,
-                                             std::int32_t warp, std::int32_t num_stages, std::int32_t stages_before) {
+                                             std::int32_t warp, std::int32_t& count) {
   using Shape = Sm90Shape<kHeadDim, kTiles>;
   constexpr std::int32_t kPieces = kHeadDim / 8;       // of 16 bytes
   constexpr std::int32_t kRowsPerCopy = 32 / kPieces;  // pages that the warp copies at once
@@ -128,38 +136,31 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
   const std::uint32_t lane_offset = static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
                                     ptx::swizzle_128b(static_cast<std::uint32_t>(warp * kProducerPages + lane_row),
                                                       static_cast<std::uint32_t>(piece % 8 * 16));
-  // Ids of kBatch stages are on their way at once, a batch ahead.
-  constexpr std::int32_t kBatch = 4;
-  std::int32_t logical[kBatch], ids[kBatch], next_logical[kBatch], next_ids[kBatch];
-  const auto load_batch = [&] {
-#pragma unroll
-    for (std::int32_t i = 0; i < kBatch; ++i) {
-      next_logical[i] = pages.next(column, lane);
-      next_ids[i] = next_logical[i] >= 0 ? table[next_logical[i]] : -1;
-      // Of the chunk's own pages some have no mean; in the second pass there are none.
-      if (next_logical[i] >= tile.past_pages && !page_has_mean(args, tile, next_logical[i], next_ids[i])) {
-        next_logical[i] = next_ids[i] = -1;
-      }
-    }
-  };
-  load_batch();
+  bool exists = true;
 #pragma unroll 1
-  for (std::int32_t u = 0; u < num_stages; u += kBatch) {
-#pragma unroll
-    for (std::int32_t i = 0; i < kBatch; ++i) logical[i] = next_logical[i], ids[i] = next_ids[i];
-    if (u + kBatch < num_stages) load_batch();
+  while (exists) {
+    std::int32_t logical[kBatch], ids[kBatch], num_stages = 0;
 #pragma unroll
     for (std::int32_t b = 0; b < kBatch; ++b) {
-      if (u + b >= num_stages) break;
-      const std::int32_t count = stages_before + u + b;
-      const std::int32_t stage = count % Shape::kStages;
+      exists = exists && pages.next(column, lane, logical[b]);
+      if (!exists) break;
+      ++num_stages;
+      ids[b] = logical[b] >= 0 ? table[logical[b]] : -1;
+    }
+#pragma unroll
+    for (std::int32_t b = 0; b < kBatch; ++b) {
+      if (b >= num_stages) break;
+      // Of the chunk's own pages some have no mean; in the second pass there are none.
+      if (logical[b] >= tile.past_pages && !page_has_mean(args, tile, logical[b], ids[b])) logical[b] = ids[b] = -1;
       // All ids first: a copy that waits for a shuffle keeps the next shuffle waiting.
       std::int32_t page[kCopies];  // this lane's: row i * kRowsPerCopy + lane_row
 #pragma unroll
       for (std::int32_t i = 0; i < kCopies; ++i) {
         page[i] = __shfl_sync(0xffffffffu, ids[b], i * kRowsPerCopy + lane_row);
       }
+      const std::int32_t stage = count % Shape::kStages;
       ptx::mbarrier_wait(&shared.empty[stage], static_cast<std::uint32_t>(count / Shape::kStages & 1) ^ 1);
+      ++count;
       if (lane < kProducerPages) shared.stage_pages[stage * kPages + column] = logical[b];
       const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes) + lane_offset;
 #pragma unroll
@@ -306,11 +307,11 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[count % Shape::kStages]);
   };
 
-  // Without turns all warpgroups come to want exponentials at the same time, and then products at the same time.
-  const std::int32_t warpgroup = thread / 128;
-  const bool is_last = warpgroup + 1 == Shape::kWarpgroups;
-  const std::int32_t own_turn = kFirstTurn + warpgroup, next_turn = is_last ? kFirstTurn : own_turn + 1;
-  if (is_last && num_stages > 0) ptx::named_barrier_arrive(next_turn, 256);
+  // Without turns all warps come to want exponentials at the same time, and then products at the same time. One half of
+  // them has as many as the exponential units take.
+  const bool is_last = thread >= Shape::kConsumers / 2;
+  const std::int32_t own_turn = is_last ? kFirstTurn + 1 : kFirstTurn, next_turn = 2 * kFirstTurn + 1 - own_turn;
+  if (is_last) ptx::named_barrier_arrive(next_turn, Shape::kConsumers);
 
   std::int32_t num_scored = tile.end;
   RowSums rows;
@@ -337,11 +338,11 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       }
     }
     float sum[2];
-    ptx::named_barrier_sync(own_turn, 256);
+    ptx::named_barrier_sync(own_turn, Shape::kConsumers);
     ptx::pin_registers(s);
     sum_stage(sum, rows, s, args.scale_log2);
     ptx::pin_registers(sum);
-    if (!is_last || u + 1 < num_stages) ptx::named_barrier_arrive(next_turn, 256);
+    if (!is_last || u + 1 < num_stages) ptx::named_barrier_arrive(next_turn, Shape::kConsumers);
     if (__any_sync(0xffffffffu, !(sum[0] < kLargestSum) || !(sum[1] < kLargestSum))) {
       move_references(rows, s, args.scale_log2);
       sum_stage(sum, rows, s, args.scale_log2);
@@ -354,8 +355,12 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       cut[h] = row_exists[h] ? running : INFINITY;
     }
     const Hits hits = find_hits(s, cut, lane);
-    if (lane == 0 && hits.low != 0) atomicOr(&marked[2 * u], hits.low);
-    if (lane == 0 && hits.high != 0) atomicOr(&marked[2 * u + 1], hits.high);
+    if (lane == 0) {
+      if (hits.low != 0) atomicOr(&marked[2 * u], hits.low);
+      if (hits.high != 0) atomicOr(&marked[2 * u + 1], hits.high);
+      __threadfence_block();
+      *static_cast<volatile std::int32_t*>(&shared.num_marked[thread / 32]) = u + 1;
+    }
   }
 
   // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
@@ -369,7 +374,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       atomicAdd(&shared.num_bad_rows[tile_idx], 1);
     }
   }
-  ptx::named_barrier_sync(kPagesMarked, Shape::kThreads);
+  ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // all pages are marked
   const std::int32_t num_second = num_marked_stages(marked, args.words_per_row, past_pages, lane);
 #pragma unroll 1
   for (std::int32_t v = 0; v < num_second; ++v) {
@@ -413,6 +418,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kTiles>::kThreads, 1)
       ptx::mbarrier_init(&shared.empty[stage], Shape::kConsumerWarps);
     }
     for (std::int32_t tile = 0; tile < kTiles; ++tile) shared.num_bad_rows[tile] = 0;
+    for (std::int32_t i = 0; i < Shape::kConsumerWarps; ++i) shared.num_marked[i] = 0;
   }
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
@@ -455,14 +461,13 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kTiles>::kThreads, 1)
   }
   const std::uint32_t ring = ptx::shared_address(memory);
   const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32 - Shape::kConsumerWarps;
-  gather_means<kHeadDim, kTiles>(args, shared, ring, AllPages{0, last.end}, warp, num_stages, 0);
-  ptx::named_barrier_sync(kPagesMarked, Shape::kThreads);
-  const auto* marked = reinterpret_cast<const unsigned*>(memory + Shape::kWordsAt);
-  const std::int32_t num_second =
-      num_marked_stages(marked, args.words_per_row, first.past_pages, static_cast<std::int32_t>(threadIdx.x) % 32);
-  const MarkedPages pages{reinterpret_cast<const std::uint64_t*>(marked), shared.marked_pages[warp], first.past_pages,
-                          args.words_per_row};
-  gather_means<kHeadDim, kTiles>(args, shared, ring, pages, warp, num_second, num_stages);
+  std::int32_t count = 0;
+  gather_means<kHeadDim, kTiles, 4>(args, shared, ring, AllPages{0, last.end}, warp, count);
+  // Words behind the last stage stay empty: there are none of past pages.
+  const MarkedPages<Shape::kConsumerWarps> pages{reinterpret_cast<const std::uint64_t*>(memory + Shape::kWordsAt),
+                                                 shared.num_marked, shared.marked_pages[warp], first.past_pages,
+                                                 (first.past_pages + kPages - 1) / kPages};
+  gather_means<kHeadDim, kTiles, 1>(args, shared, ring, pages, warp, count);
 #endif
 }
 
