@@ -146,6 +146,7 @@ TEST(StepRunGpu, OneGraphServesSixtyFourChunks) {
   step.num_kv_heads = Arena::kKvHeads;
   step.page_tokens = 16;
   step.num_pages = arena.num_pages;
+  step.forced = {16, 32};
   step.options.mode = UnionMode::kAdaptive;
   step.crosses_over = true;
   step.crossover.min_context_tokens = 100;
