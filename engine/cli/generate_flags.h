@@ -3,10 +3,11 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 
 #include "compact/status.h"
-#include "engine/scheduler/generate.h"
+#include "engine/scheduler/answer.h"
 
 namespace compact::engine {
 
@@ -14,8 +15,8 @@ struct GenerateFlags {
   std::string selector = "mean-key";
   std::string preset = "mean-key";
   std::string mode = "adaptive";
-  std::string backend = "cpu";
-  std::string kv_dtype = "f32";
+  std::string backend = "auto";
+  std::string kv_dtype = "auto";
   std::string chat = "auto";
   float share = -1;  // < 0: the preset's
   float alpha = -1;  // < 0: the preset's
@@ -34,8 +35,11 @@ struct GenerateFlags {
   void add_selector_to(CLI::App& command);
 
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
-  /// is allowed; kUnsupported for a backend that this version lacks.
+  /// is allowed; kUnsupported for a backend that this machine lacks, or an option that the backend lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
+
+  /// The model of a directory on the backend asked for. Errors: those of resolve_backend and load_model.
+  [[nodiscard]] Result<LoadedModel> load(const std::filesystem::path& directory) const;
 };
 
 }  // namespace compact::engine

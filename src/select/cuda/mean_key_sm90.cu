@@ -16,7 +16,6 @@
 // The vote is an OR of rows, so warps meet only in mask words, by integer atomics: same input, same bits.
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
@@ -292,28 +291,42 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   const bool row_exists[2] = {16 * tile_warp + lane / 4 < tile.rows, 16 * tile_warp + lane / 4 + 8 < tile.rows};
   ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // words are zeros, queries are there
 
-  // Starts the scores of the kernel's stage number `count`: products without the scale.
-  const auto start_scores = [&](std::int32_t count, float(&s)[kPages / 2]) {
-    const std::int32_t stage = count % Shape::kStages;
-    ptx::mbarrier_wait(&shared.full[stage], static_cast<std::uint32_t>(count / Shape::kStages & 1));
-    ptx::fence_proxy_async_shared();
-    const ptx::SmemDescriptor from = means.advanced(stage * Shape::kStageBytes).uniform();
+  // Calls use(u, scores) for `num` stages, of which `before` lie behind: products without the scale. Two at a time: the
+  // products of the second are under way while the first is used.
+  const auto over_stages = [&](std::int32_t before, std::int32_t num, auto&& use) {
+    const auto wait_for = [&](std::int32_t count) {
+      ptx::mbarrier_wait(&shared.full[count % Shape::kStages], static_cast<std::uint32_t>(count / Shape::kStages & 1));
+    };
+#pragma unroll 1
+    for (std::int32_t u = 0; u < num; u += 2) {
+      const bool has_second = u + 1 < num;  // otherwise the first twice
+      wait_for(before + u);
+      if (has_second) wait_for(before + u + 1);
+      ptx::fence_proxy_async_shared();
+      const std::int32_t first = (before + u) % Shape::kStages;
+      const std::int32_t second = has_second ? (before + u + 1) % Shape::kStages : first;
+      const ptx::SmemDescriptor means_of[2] = {means.advanced(first * Shape::kStageBytes).uniform(),
+                                               means.advanced(second * Shape::kStageBytes).uniform()};
+      float s[2][kPages / 2] = {};  // otherwise the scores before count as live
+      ptx::pin_registers(s[0]);
+      ptx::pin_registers(s[1]);
+      ptx::wgmma_fence();
 #pragma unroll
-    for (float& x : s) x = 0.0f;  // otherwise the scores before count as live
-    ptx::pin_registers(s);
-    ptx::wgmma_fence();
+      for (std::int32_t i = 0; i < 2; ++i) {
 #pragma unroll
-    for (std::int32_t step = 0; step < kHeadDim / 16; ++step) {
-      const std::int32_t at = step / 4 * kPanelBytes + step % 4 * 32;
-      Mma::template ss<false>(s, queries.advanced(at).bits(), from.advanced(at).bits(), step > 0);
+        for (std::int32_t step = 0; step < kHeadDim / 16; ++step) {
+          const std::int32_t at = step / 4 * kPanelBytes + step % 4 * 32;
+          Mma::template ss<false>(s[i], queries.advanced(at).bits(), means_of[i].advanced(at).bits(), step > 0);
+        }
+        ptx::wgmma_commit();
+      }
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(s[0]);
+      use(u, s[0]);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(s[1]);
+      if (has_second) use(u + 1, s[1]);
     }
-    ptx::wgmma_commit();
-  };
-  // Waits for the oldest scores under way; kLater: of how many behind them it does not.
-  const auto finish_scores = [&]<std::int32_t kLater>(std::integral_constant<std::int32_t, kLater>,
-                                                      float(&s)[kPages / 2]) {
-    ptx::wgmma_wait<kLater>();
-    ptx::pin_registers(s);
   };
   const auto free_stage = [&](std::int32_t count) {
     __syncwarp();
@@ -329,7 +342,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   std::int32_t num_scored = tile.end;
   RowSums rows;
   float cut[2];
-  const auto sum_and_mark = [&](std::int32_t u, float(&s)[kPages / 2]) {
+  over_stages(0, num_stages, [&](std::int32_t u, float(&s)[kPages / 2]) {
     std::uint64_t scored = ~std::uint64_t{0};
     const bool has_own_pages = (u + 1) * kPages > past_pages;  // pages of the chunk, or none
     if (has_own_pages) {
@@ -372,31 +385,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       __threadfence_block();
       *static_cast<volatile std::int32_t*>(&shared.num_marked[thread / 32]) = u + 1;
     }
-  };
-
-  // While a stage is summed and marked, the products of the next are under way.
-  constexpr std::integral_constant<std::int32_t, 0> kNoneLater;
-  constexpr std::integral_constant<std::int32_t, 1> kOneLater;
-  float even[kPages / 2], odd[kPages / 2];
-  start_scores(0, even);
-#pragma unroll 1
-  for (std::int32_t u = 0; u < num_stages; u += 2) {
-    if (u + 1 == num_stages) {
-      finish_scores(kNoneLater, even);
-      sum_and_mark(u, even);
-      break;
-    }
-    start_scores(u + 1, odd);
-    finish_scores(kOneLater, even);
-    sum_and_mark(u, even);
-    if (u + 2 < num_stages) {
-      start_scores(u + 2, even);
-      finish_scores(kOneLater, odd);
-    } else {
-      finish_scores(kNoneLater, odd);
-    }
-    sum_and_mark(u + 1, odd);
-  }
+  });
 
   // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
   const float threshold = MeanKeyTile::threshold(args, num_scored);
@@ -411,20 +400,17 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   }
   ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // all pages are marked
   const std::int32_t num_second = num_marked_stages(marked, args.words_per_row, past_pages, lane);
-#pragma unroll 1
-  for (std::int32_t v = 0; v < num_second; ++v) {
-    start_scores(num_stages + v, even);
-    finish_scores(kNoneLater, even);
+  over_stages(num_stages, num_second, [&](std::int32_t v, float(&s)[kPages / 2]) {
     const std::int32_t* pages = &shared.stage_pages[(num_stages + v) % Shape::kStages * kPages];
     const std::int32_t low_page = pages[lane], high_page = pages[32 + lane];
     free_stage(num_stages + v);
-    const Hits hits = find_hits(even, cut, lane);
+    const Hits hits = find_hits(s, cut, lane);
     const auto want = [&](std::int32_t page, std::uint32_t of_columns) {
       if ((of_columns >> lane & 1) != 0 && page >= 0) atomicOr(&wanted[page / 32], 1u << page % 32);
     };
     want(low_page, hits.low);
     want(high_page, hits.high);
-  }
+  });
   ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);
   const std::int32_t num_bad_rows = shared.num_bad_rows[tile_idx];
   const std::int32_t tile_thread = thread % (32 * kTileWarps);

@@ -1,0 +1,39 @@
+#include "engine/model/backend.h"
+
+#include <fmt/format.h>
+
+#include "engine/cuda/cuda_model.h"
+
+namespace compact::engine {
+
+const char* backend_name(Backend backend) noexcept { return backend == Backend::kCuda ? "cuda" : "cpu"; }
+
+Result<Backend> resolve_backend(std::string_view name) {
+  if (name == "cpu") return Backend::kCpu;
+  if (name != "auto" && name != "cuda") {
+    return invalid_argument(fmt::format("--backend is '{}'\n  allowed: cpu, cuda, auto", name));
+  }
+  const Result<CudaDeviceInfo> device = cuda_device_info();
+  if (device.ok() && device->usable) return Backend::kCuda;
+  if (name == "auto") return Backend::kCpu;
+  return unsupported(fmt::format("--backend is cuda: {}\n  allowed here: cpu",
+                                 device.ok() ? device->gemm_library : device.status().message()));
+}
+
+Status check_backend_options(Backend backend, DType kv_dtype) {
+  if (backend == Backend::kCpu || kv_dtype == DType::kBF16) return {};
+  return unsupported(fmt::format("--kv-dtype {} is not on the cuda backend yet\n  allowed: bf16; or --backend cpu",
+                                 dtype_name(kv_dtype)));
+}
+
+bool selects_on_gpu(const SparsityOptions& options) {
+  const SelectorOptions& selector = options.selector;
+  if (selector.name == "dense" || selector.name == "random") return true;
+  const MeanKeyOptions& rule = selector.mean_key;
+  const MeanKeyOptions known;
+  return selector.name == "mean-key" && selector.budget.kind == BudgetKind::kNative && selector.budget.min_pages == 0 &&
+         selector.budget.max_pages == 0 && selector.thresholds.empty() && rule.alpha < 0 && rule.tile == known.tile &&
+         rule.visible == known.visible && rule.norm == known.norm && rule.vote == known.vote;
+}
+
+}  // namespace compact::engine

@@ -1,0 +1,299 @@
+// The engine on the GPU: logits against transformers, chunk sizes, pages and answers against the CPU backend, errors.
+// Needs a driver, cuBLASLt, and the sources' folder as the working directory.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/cli/demo_prompt.h"
+#include "engine/cli/files.h"
+#include "engine/cuda/cuda_model.h"
+#include "engine/loader/safetensors.h"
+#include "engine/model/transformer.h"
+#include "engine/scheduler/answer.h"
+
+namespace compact::engine {
+namespace {
+
+struct Golden {
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int32_t> positions;
+  std::vector<float> logits;  // [positions, vocab]
+  float bf16_error = 0;       // of transformers' own bf16
+};
+
+template <class T>
+std::vector<T> read_tensor(const SafetensorsFile& file, const char* name) {
+  const TensorInfo* tensor = file.find(name);
+  if (tensor == nullptr) {
+    ADD_FAILURE() << file.path() << " has no tensor " << name;
+    return std::vector<T>(1);
+  }
+  std::vector<T> values(tensor->bytes.size() / sizeof(T));
+  std::memcpy(values.data(), tensor->bytes.data(), tensor->bytes.size());
+  return values;
+}
+
+Golden read_golden(const std::string& path) {
+  const auto file = SafetensorsFile::open(path);
+  if (!file.ok()) {
+    ADD_FAILURE() << file.status().message();
+    return {};
+  }
+  return {read_tensor<std::int32_t>(*file, "tokens"), read_tensor<std::int32_t>(*file, "positions"),
+          read_tensor<float>(*file, "logits"), read_tensor<float>(*file, "bf16_error")[0]};
+}
+
+std::unique_ptr<Model> load(const std::string& directory) {
+  auto model = load_cuda_model(directory);
+  if (!model.ok()) {
+    ADD_FAILURE() << model.status().message();
+    return nullptr;
+  }
+  return std::move(model).value();
+}
+
+SequenceOptions options_for(std::size_t tokens, std::int32_t chunk, std::int32_t page_tokens = 128) {
+  SequenceOptions options;
+  options.max_chunk_tokens = chunk;
+  options.page_tokens = page_tokens;
+  options.num_pages = static_cast<std::int32_t>(tokens) / page_tokens + 1;
+  options.kv_dtype = DType::kBF16;
+  options.sparsity.selector.name = "dense";
+  return options;
+}
+
+// Logits of every position, and what the layers did.
+std::vector<float> run_prompt(const Model& model, std::span<const std::int32_t> tokens, const SequenceOptions& options,
+                              std::vector<LayerReport>* reports = nullptr) {
+  ThreadPool pool;
+  auto sequence = model.start(options);
+  if (!sequence.ok()) {
+    ADD_FAILURE() << sequence.status().message();
+    return {};
+  }
+  std::vector<float> all, logits;
+  const auto chunk = static_cast<std::size_t>(options.max_chunk_tokens);
+  for (std::size_t begin = 0; begin < tokens.size(); begin += chunk) {
+    const Status status = (*sequence)->forward(tokens.subspan(begin, std::min(chunk, tokens.size() - begin)), false,
+                                               LogitsOf::kAllTokens, pool, logits);
+    EXPECT_TRUE(status.ok()) << status.message();
+    all.insert(all.end(), logits.begin(), logits.end());
+  }
+  auto done = (*sequence)->take_reports();
+  EXPECT_TRUE(done.ok()) << done.status().message();
+  if (reports != nullptr && done.ok()) *reports = std::move(done).value();
+  return all;
+}
+
+struct GoldenCase {
+  const char* model;
+  const char* logits;
+  std::vector<std::int32_t> chunks;
+};
+
+class EngineGpuGolden : public testing::TestWithParam<GoldenCase> {};
+
+// The largest error is at most that of transformers in bf16, whatever the chunks.
+TEST_P(EngineGpuGolden, LogitsAreTransformersWithinBf16) {
+  const Golden golden = read_golden(GetParam().logits);
+  const auto model = load(GetParam().model);
+  ASSERT_NE(model, nullptr);
+  const auto vocab = static_cast<std::size_t>(model->config().vocab_size);
+  for (const std::int32_t chunk : GetParam().chunks) {
+    const std::vector<float> logits = run_prompt(*model, golden.tokens, options_for(golden.tokens.size(), chunk));
+    ASSERT_EQ(logits.size(), golden.tokens.size() * vocab);
+    float largest = 0;
+    for (std::size_t i = 0; i < golden.positions.size(); ++i) {
+      for (std::size_t id = 0; id < vocab; ++id) {
+        const float error = std::abs(logits[static_cast<std::size_t>(golden.positions[i]) * vocab + id] -
+                                     golden.logits[i * vocab + id]);
+        ASSERT_FALSE(std::isnan(error)) << "chunk " << chunk << ", position " << golden.positions[i];
+        largest = std::max(largest, error);
+      }
+    }
+    std::printf("%s chunk %d: largest error %.4f, of transformers in bf16 %.4f\n", GetParam().model, chunk,
+                static_cast<double>(largest), static_cast<double>(golden.bf16_error));
+    EXPECT_LE(largest, golden.bf16_error) << "chunk " << chunk;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    , EngineGpuGolden,
+    testing::Values(
+        GoldenCase{"tests/golden/llama31_d64", "tests/golden/llama31_d64/logits.safetensors", {300, 128, 37, 1}},
+        GoldenCase{"tests/golden/qwen3_d128", "tests/golden/qwen3_d128/logits.safetensors", {300, 128, 37, 1}},
+        GoldenCase{"assets/demo", "tests/golden/demo_logits.safetensors", {1024, 700}}),
+    [](const auto& golden) {
+      return golden.index == 0 ? "Llama31" : golden.index == 1 ? "Qwen3" : "ShippedCheckpoint";
+    });
+
+// Pages of `random` depend on no score: both backends must read the very same, and count the same.
+TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
+  const auto gpu = load("tests/golden/qwen3_d128");
+  const auto cpu = Transformer::load("tests/golden/qwen3_d128");
+  ASSERT_TRUE(gpu != nullptr && cpu.ok());
+  const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
+  for (const UnionMode mode : {UnionMode::kPaper, UnionMode::kTile}) {
+    SequenceOptions options = options_for(golden.tokens.size(), 70, 16);
+    options.sparsity.selector.name = "random";
+    options.sparsity.selector.random.share = 0.3F;
+    options.sparsity.forced = {.sink_tokens = 16, .window_tokens = 32};
+    options.sparsity.crossover = {.min_context_tokens = 0, .margin_1024ths = -1024};  // lists whatever they cost
+    options.sparsity.unite.mode = mode;
+    options.sparsity.trace_pages = true;
+    std::vector<LayerReport> on_gpu, on_cpu;
+    const std::vector<float> logits = run_prompt(*gpu, golden.tokens, options, &on_gpu);
+    const std::vector<float> expected = run_prompt(*cpu, golden.tokens, options, &on_cpu);
+    ASSERT_EQ(on_gpu.size(), on_cpu.size());
+    for (std::size_t layer = 0; layer < on_gpu.size(); ++layer) {
+      EXPECT_EQ(on_gpu[layer].traced_pages, on_cpu[layer].traced_pages) << "layer " << layer;
+      EXPECT_EQ(on_gpu[layer].stats.listed_row_pages, on_cpu[layer].stats.listed_row_pages);
+      EXPECT_EQ(on_gpu[layer].stats.wanted_row_pages, on_cpu[layer].stats.wanted_row_pages);
+      EXPECT_EQ(on_gpu[layer].stats.visible_row_pages, on_cpu[layer].stats.visible_row_pages);
+      EXPECT_EQ(on_gpu[layer].chunks_by_reason, on_cpu[layer].chunks_by_reason);
+      EXPECT_LT(on_gpu[layer].stats.density(), 0.8);
+    }
+    ASSERT_EQ(logits.size(), expected.size());
+    float largest = 0;
+    for (std::size_t i = 0; i < logits.size(); ++i) largest = std::max(largest, std::abs(logits[i] - expected[i]));
+    EXPECT_LE(largest, 2 * golden.bf16_error);
+  }
+}
+
+// Prefill and decode give the CPU's answer about a long text, from similar lists; `sub-mean` and budgets select on the
+// CPU for both.
+TEST(EngineGpu, AnswersEqualTheCpus) {
+  const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
+  const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
+  ASSERT_TRUE(gpu.ok()) << gpu.status().message();
+  ASSERT_TRUE(cpu.ok()) << cpu.status().message();
+  const auto text = read_text_file("assets/demo/haystack.txt");
+  ASSERT_TRUE(text.ok()) << text.status().message();
+  const auto prompt = make_haystack_prompt(*text, 12000, 42, cpu->tokenizer);
+  ASSERT_TRUE(prompt.ok()) << prompt.status().message();
+  ThreadPool pool;
+  for (const std::string selector : {"dense", "mean-key", "sub-mean", "mean-key by density"}) {
+    GenerateOptions options;
+    options.max_tokens = 12;
+    options.kv_dtype = DType::kBF16;
+    const bool by_density = selector == "mean-key by density";
+    options.sparsity.selector.name = by_density ? "mean-key" : selector;
+    if (by_density) options.sparsity.selector.budget = {.kind = BudgetKind::kDensity, .value = 0.2F};
+    const auto on_gpu = answer_prompt(*gpu, prompt->text, options, {}, pool);
+    const auto on_cpu = answer_prompt(*cpu, prompt->text, options, {}, pool);
+    ASSERT_TRUE(on_gpu.ok()) << on_gpu.status().message();
+    ASSERT_TRUE(on_cpu.ok()) << on_cpu.status().message();
+    EXPECT_EQ(on_gpu->result.tokens, on_cpu->result.tokens) << selector;
+    EXPECT_NE(on_gpu->text.find(prompt->expected), std::string::npos) << selector << ": " << on_gpu->text;
+    for (std::size_t layer = 0; layer < on_gpu->result.layers.size(); ++layer) {
+      const UnionStats& a = on_gpu->result.layers[layer].stats;
+      const UnionStats& b = on_cpu->result.layers[layer].stats;
+      EXPECT_EQ(a.visible_row_pages, b.visible_row_pages);
+      EXPECT_EQ(on_gpu->result.layers[layer].selected_on_host, by_density || selector == "sub-mean");
+      EXPECT_NEAR(static_cast<double>(a.wanted_row_pages), static_cast<double>(b.wanted_row_pages),
+                  0.05 * static_cast<double>(b.wanted_row_pages))
+          << selector << " layer " << layer;
+    }
+  }
+}
+
+TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
+  const auto model = load("tests/golden/llama31_d64");
+  ASSERT_NE(model, nullptr);
+  SequenceOptions options = options_for(300, 128);
+  const auto start = [&] { return model->start(options).status(); };
+  options.kv_dtype = DType::kF32;
+  EXPECT_EQ(start().code(), StatusCode::kUnsupported);
+  options.kv_dtype = DType::kBF16;
+  options.num_pages = 1 << 23;  // 2^23 pages of 128 tokens: a terabyte
+  EXPECT_EQ(start().code(), StatusCode::kOutOfMemory);
+  EXPECT_NE(start().message().find("KV cache"), std::string::npos) << start().message();
+
+  options.num_pages = 1;
+  auto sequence = model->start(options);
+  ASSERT_TRUE(sequence.ok()) << sequence.status().message();
+  ThreadPool pool(1);
+  std::vector<float> logits;
+  const auto forward = [&](std::vector<std::int32_t> tokens) {
+    return (*sequence)->forward(tokens, false, LogitsOf::kLastToken, pool, logits);
+  };
+  EXPECT_EQ(forward({96}).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(forward({-1}).code(), StatusCode::kInvalidArgument);
+  EXPECT_TRUE(forward(std::vector<std::int32_t>(100, 5)).ok());
+  EXPECT_EQ(forward(std::vector<std::int32_t>(29, 5)).code(), StatusCode::kOutOfMemory);
+  EXPECT_TRUE(forward(std::vector<std::int32_t>(28, 5)).ok());
+  EXPECT_EQ(logits.size(), 96U);
+}
+
+// An observer sees the queries and the cache that the CPU backend shows it, to the rounding of bf16.
+TEST(EngineGpu, ObserversSeeWhatTheCpuShows) {
+  const auto gpu = load("tests/golden/qwen3_d128");
+  const auto cpu = Transformer::load("tests/golden/qwen3_d128");
+  ASSERT_TRUE(gpu != nullptr && cpu.ok());
+  const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
+  SequenceOptions options = options_for(golden.tokens.size(), 70, 16);
+  options.extra.mean_k = true;
+  std::vector<std::vector<float>> seen;  // of the first layer, [model]: queries and means of complete pages
+  for (const Model* model : {static_cast<const Model*>(gpu.get()), static_cast<const Model*>(&*cpu)}) {
+    auto sequence = model->start(options);
+    ASSERT_TRUE(sequence.ok()) << sequence.status().message();
+    std::vector<float>& values = seen.emplace_back();
+    const auto observer = [&](const AttentionStep& step) -> Status {
+      if (step.layer != 0) return {};
+      for (std::int32_t t = 0; t < step.q.tokens; ++t) {
+        for (std::int32_t h = 0; h < step.q.heads; ++h) {
+          values.insert(values.end(), step.q.row(t, h), step.q.row(t, h) + step.q.head_dim);
+        }
+      }
+      const PageSummaryView summaries = step.cache.summaries(0);
+      for (std::int32_t j = 0; j < step.chunk.num_past_pages(16); ++j) {
+        const float* mean = summaries.mean(step.chunk.page_table[j], 1);
+        values.insert(values.end(), mean, mean + summaries.head_dim);
+      }
+      return {};
+    };
+    ASSERT_TRUE((*sequence)->observe(observer).ok());
+    ThreadPool pool(2);
+    std::vector<float> logits;
+    const std::span<const std::int32_t> tokens = golden.tokens;
+    for (std::size_t begin = 0; begin < tokens.size(); begin += 70) {
+      const Status status =
+          (*sequence)->forward(tokens.subspan(begin, std::min<std::size_t>(70, tokens.size() - begin)), false,
+                               LogitsOf::kNone, pool, logits);
+      ASSERT_TRUE(status.ok()) << status.message();
+    }
+  }
+  ASSERT_EQ(seen[0].size(), seen[1].size());
+  ASSERT_GT(seen[0].size(), 300U * 4 * 128);
+  for (std::size_t i = 0; i < seen[0].size(); ++i) {
+    ASSERT_NEAR(seen[0][i], seen[1][i], 0.03 + 0.03 * std::abs(seen[1][i])) << i;
+  }
+}
+
+// Same seed, same weights: speed figures are of one model.
+TEST(EngineGpu, RandomWeightsAreDeterministic) {
+  const auto config = load_model_config("tests/golden/qwen3_d128");
+  ASSERT_TRUE(config.ok());
+  std::vector<std::int32_t> tokens;
+  for (std::int32_t i = 0; i < 200; ++i) tokens.push_back(i * 7 % 80);
+  std::vector<std::vector<float>> logits;
+  for (const std::uint64_t seed : {1U, 1U, 2U}) {
+    const auto model = make_random_cuda_model(*config, seed);
+    ASSERT_TRUE(model.ok()) << model.status().message();
+    logits.push_back(run_prompt(**model, tokens, options_for(tokens.size(), 64)));
+    float largest = 0;
+    for (const float value : logits.back()) {
+      ASSERT_TRUE(std::isfinite(value));
+      largest = std::max(largest, std::abs(value));
+    }
+    EXPECT_GT(largest, 0.1F);
+    EXPECT_LT(largest, 100.0F);
+  }
+  EXPECT_EQ(logits[0], logits[1]);
+  EXPECT_NE(logits[0], logits[2]);
+}
+
+}  // namespace
+}  // namespace compact::engine
