@@ -70,7 +70,7 @@ Result<EvalRecord> answer(const LoadedModel& model, const RulerTask& task, const
   callbacks.on_token = [&](std::int32_t token) { bytes += model.tokenizer.decode(std::span(&token, 1)); };
   callbacks.stop = [&] { return match_score(task.score_rule(), bytes, fitted.sample.answers) >= 1; };
   CA_ASSIGN_OR_RETURN(const GenerateResult result,
-                      generate(model.transformer, fitted.tokens, options, callbacks, pool));
+                      generate(*model.transformer, fitted.tokens, options, callbacks, pool));
   Utf8Stream stream;
   record.output = stream.push(bytes);
   record.output += stream.finish();
@@ -99,7 +99,7 @@ Result<std::vector<std::int32_t>> encode_sample(const LoadedModel& model, const 
 
 Result<RulerTasks> make_ruler_tasks(const RulerQuestions& questions, const RulerSources& sources,
                                     const LoadedModel& model) {
-  CA_RETURN_IF_ERROR(check_questions(questions, model.transformer.config()));
+  CA_RETURN_IF_ERROR(check_questions(questions, model.transformer->config()));
   const CountTokens count_tokens = [&model](std::string_view text) -> Result<std::int64_t> {
     CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> tokens, model.tokenizer.encode(text, false));
     return static_cast<std::int64_t>(tokens.size());
