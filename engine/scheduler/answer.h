@@ -26,6 +26,9 @@ struct LoadedModel {
   std::vector<std::int32_t> end_tokens;  // of the model's configuration and of the chat format
 };
 
+/// Weights alone. Errors: those of the backend's loader.
+[[nodiscard]] Result<std::unique_ptr<Model>> load_transformer(const std::filesystem::path& directory, Backend backend);
+
 /// chat: "auto" (what the checkpoint's template says) or a format name.
 /// Errors: kIoError for a directory without a checkpoint; those of the loaders; kInvalidArgument if the tokenizer has
 /// tokens that the embedding has no row for.

@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "engine/cli/demo_prompt.h"
+#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
 #include "engine/loader/safetensors.h"
 #include "engine/model/transformer.h"
-#include "engine/scheduler/generate.h"
+#include "engine/scheduler/answer.h"
 
 namespace compact::engine {
 namespace {
@@ -160,28 +162,31 @@ TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
   }
 }
 
-// Prefill and decode give the tokens of the CPU backend, dense and by mean-key, and similar lists.
-TEST(EngineGpu, GreedyAnswersEqualTheCpus) {
-  const auto gpu = load("assets/demo");
-  const auto cpu = Transformer::load("assets/demo");
-  ASSERT_TRUE(gpu != nullptr && cpu.ok());
-  const Golden golden = read_golden("tests/golden/demo_logits.safetensors");
-  std::vector<std::int32_t> prompt;
-  for (int i = 0; i < 4; ++i) prompt.insert(prompt.end(), golden.tokens.begin(), golden.tokens.end());
+// Prefill and decode give the CPU's answer about a long text, dense and by mean-key, from similar lists.
+TEST(EngineGpu, AnswersEqualTheCpus) {
+  const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
+  const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
+  ASSERT_TRUE(gpu.ok()) << gpu.status().message();
+  ASSERT_TRUE(cpu.ok()) << cpu.status().message();
+  const auto text = read_text_file("assets/demo/haystack.txt");
+  ASSERT_TRUE(text.ok()) << text.status().message();
+  const auto prompt = make_haystack_prompt(*text, 12000, 42, cpu->tokenizer);
+  ASSERT_TRUE(prompt.ok()) << prompt.status().message();
   ThreadPool pool;
   for (const char* selector : {"dense", "mean-key"}) {
     GenerateOptions options;
-    options.max_tokens = 8;
+    options.max_tokens = 12;
     options.kv_dtype = DType::kBF16;
     options.sparsity.selector.name = selector;
-    const auto on_gpu = generate(*gpu, prompt, options, {}, pool);
-    const auto on_cpu = generate(*cpu, prompt, options, {}, pool);
+    const auto on_gpu = answer_prompt(*gpu, prompt->text, options, {}, pool);
+    const auto on_cpu = answer_prompt(*cpu, prompt->text, options, {}, pool);
     ASSERT_TRUE(on_gpu.ok()) << on_gpu.status().message();
     ASSERT_TRUE(on_cpu.ok()) << on_cpu.status().message();
-    EXPECT_EQ(on_gpu->tokens, on_cpu->tokens) << selector;
-    for (std::size_t layer = 0; layer < on_gpu->layers.size(); ++layer) {
-      const UnionStats& a = on_gpu->layers[layer].stats;
-      const UnionStats& b = on_cpu->layers[layer].stats;
+    EXPECT_EQ(on_gpu->result.tokens, on_cpu->result.tokens) << selector;
+    EXPECT_NE(on_gpu->text.find(prompt->expected), std::string::npos) << selector << ": " << on_gpu->text;
+    for (std::size_t layer = 0; layer < on_gpu->result.layers.size(); ++layer) {
+      const UnionStats& a = on_gpu->result.layers[layer].stats;
+      const UnionStats& b = on_cpu->result.layers[layer].stats;
       EXPECT_EQ(a.visible_row_pages, b.visible_row_pages);
       EXPECT_NEAR(static_cast<double>(a.wanted_row_pages), static_cast<double>(b.wanted_row_pages),
                   0.05 * static_cast<double>(b.wanted_row_pages))
