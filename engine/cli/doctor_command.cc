@@ -57,7 +57,7 @@ Status doctor(const DoctorFlags& flags) {
       json["cuda_device"] = {{"name", device->name},
                              {"capability", device->capability},
                              {"memory_gb", static_cast<double>(device->memory_bytes) / gigabytes},
-                             {"selectors", "dense, mean-key, random"}};
+                             {"selectors", "dense, mean-key, random; the others select on the CPU"}};
     }
   }
   fmt::print("selectors        {}\n", selector_names());
