@@ -132,6 +132,22 @@ def cost_table(figures: dict) -> str:
                       f"{figures['worst_relative_error']:.1%}.", "", made_by(figures)])
 
 
+def gpu_layouts_table(figures: dict) -> str:
+    shapes = {}
+    for row in figures["rows"]:
+        shapes.setdefault(row["shape"], {})[row["candidate"]] = row
+    del shapes["GEMM 8192^3 bf16"]
+    names = list(next(iter(shapes.values())))
+    lines = [f"{figures['device']}, bf16, D 128, C 1024. Our kernel alone, the same problem in caches of different layout, in turns: sustained TFLOP/s and "
+             f"time over that of {names[0]}. `P`: tokens of a page; pages in random order, or where they say so in logical order.", "",
+             "| shape | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for shape, rows in shapes.items():
+        cells = [f"{row['flop'] / row['sustained_ms'] * 1e-9:.0f} ({row['ratio_to_first']:.3f})" for row in rows.values()]
+        lines.append(f"| {shape.removesuffix(' layouts')} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "`python3 benchmarks/attention_gpu_compare.py --library build/cuda/libcompact.so --only-ours --filter layouts --json "
+                      f"benchmarks/results/attention_gpu_layouts.json`, commit {figures['commit']}, {figures['date']}."])
+
+
 def attention_gpu_table(figures: dict, only: str = "") -> str:
     """`only`: shapes whose name contains this."""
     shapes = {}
@@ -207,6 +223,9 @@ def tables() -> None:
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
         recorded += ["## Attention over page lists on one GPU, `attention_gpu.json`", "", attention_gpu_table(attention_gpu), ""]
+    gpu_layouts = load("attention_gpu_layouts")
+    if gpu_layouts:
+        recorded += ["## Layouts of the cache on one GPU, `attention_gpu_layouts.json`", "", gpu_layouts_table(gpu_layouts), ""]
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
