@@ -122,21 +122,24 @@ std::vector<double> SweepSpec::first_values(std::int32_t page_tokens, std::int32
   return values;
 }
 
-double interpolate_sweep(const SweepSpec& spec, std::vector<SweepPoint> points, double target) {
+double interpolate_density(std::vector<SweepPoint> points, double target) {
   std::sort(points.begin(), points.end());
   const auto height = [target](const SweepPoint& point) { return std::log(std::max(point.second, 1e-12) / target); };
   for (std::size_t i = 1; i < points.size(); ++i) {
     const double low = height(points[i - 1]);
     const double high = height(points[i]);
     if (low * high > 0 || low == high) continue;
-    const double from = coordinate(spec, points[i - 1].first);
-    const double to = coordinate(spec, points[i].first);
-    return value_at(spec, from + (to - from) * low / (low - high));
+    return points[i - 1].first + (points[i].first - points[i - 1].first) * low / (low - high);
   }
   return std::min_element(
              points.begin(), points.end(),
              [&](const SweepPoint& a, const SweepPoint& b) { return std::abs(height(a)) < std::abs(height(b)); })
       ->first;
+}
+
+double interpolate_sweep(const SweepSpec& spec, std::vector<SweepPoint> points, double target) {
+  for (SweepPoint& point : points) point.first = coordinate(spec, point.first);
+  return value_at(spec, interpolate_density(std::move(points), target));
 }
 
 Json to_json(const CompareSetting& setting) {

@@ -45,9 +45,11 @@ class SweepSpec {
 /// A number that was tried, and the density that came out.
 using SweepPoint = std::pair<double, double>;
 
-/// The number at which the points say that density is `target`: straight lines between neighbours, of log density over
-/// the number's logit (its logarithm if it counts tokens). Outside the points' densities: the number of the nearest.
-/// Precondition: at least one point.
+/// The x at which straight lines of log density between neighbours say `target`; outside the points' densities the x of
+/// the nearest. Precondition: at least one point.
+[[nodiscard]] double interpolate_density(std::vector<SweepPoint> points, double target);
+
+/// The same over numbers of a sweep: over their logit, or their logarithm if they count tokens.
 [[nodiscard]] double interpolate_sweep(const SweepSpec& spec, std::vector<SweepPoint> points, double target);
 
 /// A selector as it is compared at one length, and what it does on the fitting prompts.

@@ -55,9 +55,9 @@ TEST(InterpolateSweep, FindsTheNumberOfADensityEitherWay) {
 
 TEST(InterpolateSweep, TakesTheNearestWhereNoPointReaches) {
   const SweepSpec spec = sweep("mean-key:share={}");
-  EXPECT_EQ(interpolate_sweep(spec, {{0.1, 0.3}, {0.5, 0.2}}, 0.1), 0.5);
-  EXPECT_EQ(interpolate_sweep(spec, {{0.1, 0.3}, {0.5, 0.2}}, 0.9), 0.1);
-  EXPECT_EQ(interpolate_sweep(spec, {{0.1, 0.2}, {0.5, 0.2}}, 0.2), 0.1) << "a level stretch has no slope";
+  EXPECT_NEAR(interpolate_sweep(spec, {{0.1, 0.3}, {0.5, 0.2}}, 0.1), 0.5, 1e-12);
+  EXPECT_NEAR(interpolate_sweep(spec, {{0.1, 0.3}, {0.5, 0.2}}, 0.9), 0.1, 1e-12);
+  EXPECT_NEAR(interpolate_sweep(spec, {{0.1, 0.2}, {0.5, 0.2}}, 0.2), 0.1, 1e-12) << "a level stretch has no slope";
 }
 
 CompareSetting setting(const char* selector, double target, const char* spec) {
