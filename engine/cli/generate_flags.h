@@ -14,8 +14,8 @@ struct GenerateFlags {
   std::string selector = "mean-key";
   std::string preset = "mean-key";
   std::string mode = "adaptive";
-  std::string backend = "cpu";
-  std::string kv_dtype = "f32";
+  std::string backend = "auto";
+  std::string kv_dtype = "auto";
   std::string chat = "auto";
   float share = -1;  // < 0: the preset's
   float alpha = -1;  // < 0: the preset's
@@ -34,7 +34,7 @@ struct GenerateFlags {
   void add_selector_to(CLI::App& command);
 
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
-  /// is allowed; kUnsupported for a backend that this version lacks.
+  /// is allowed; kUnsupported for a backend that this machine lacks, or an option that the backend lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
 };
 
