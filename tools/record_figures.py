@@ -78,30 +78,44 @@ def demo_table(figures: dict) -> str:
         f"| union inflation | | {compact['union_inflation']:.2f} | |", "", made_by(figures)])
 
 
-def accuracy_table(figures: dict, torch: dict) -> str:
-    """Accuracies with their samples; `torch`: dense answers of another implementation to the same prompts."""
+def accuracy_table(figures: dict, cpu: dict, torch: dict) -> str:
+    """Accuracies with their samples on both backends; `torch`: dense answers of another implementation to the same prompts."""
     def of(rows: dict, key: tuple) -> str:
         row = rows.get(key)
         return f"{row['accuracy']:.1f} ({row['samples']})" if row else ""
 
     by_key = lambda rows: {(row["task"], row["tokens"]): row for row in rows}
-    dense = by_key(row for row in figures["rows"] if row["selector"] == "dense")
-    compact = [row for row in figures["rows"] if row["selector"] != "dense"]
-    names = sorted({row["selector"] for row in compact})
-    if len(names) != 1:
-        sys.exit(f"demo_accuracy.json has the selectors {names} beside dense; the table has room for one")
-    elsewhere = by_key(torch["rows"]) if torch else {}
-    lines = [f"| task | tokens | compact ({names[0]}) | dense | dense, PyTorch | density | union inflation |",
-             "|---|---|---|---|---|---|---|"]
-    for row in compact:
-        key = row["task"], row["tokens"]
-        lines.append(f"| {row['task']} | {row['tokens']:,} | {of({key: row}, key)} | {of(dense, key)} | {of(elsewhere, key)} | "
-                     f"{row['density']:.3f} | {row['union_inflation']:.2f} |")
+    selected = lambda rows, name: by_key(row for row in rows["rows"] if row["selector"] == name)
+    compact, dense = selected(figures, "mean-key"), selected(figures, "dense")
+    cpu_compact, cpu_dense = selected(cpu, "mean-key"), selected(cpu, "dense")
+    elsewhere = by_key(torch["rows"])
+    lines = ["| task | tokens | compact | dense | compact, CPU | dense, CPU | dense, PyTorch | density | union inflation |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for key, row in compact.items():
+        cells = [of(rows, key) for rows in (compact, dense, cpu_compact, cpu_dense, elsewhere)]
+        lines.append(f"| {row['task']} | {row['tokens']:,} | {' | '.join(cells)} | {row['density']:.3f} | {row['union_inflation']:.2f} |")
     configuration = figures["configuration"]
-    return "\n".join([*lines, "", f"Percent of the answers right (samples). {configuration['form']} over held-out prose, greedy, final chunk "
-                      f"{configuration['final_chunk']}, seed {configuration['seed']}; configuration {figures['digest']}, which every shard of the run shares. "
-                      "PyTorch: the same prompts answered by `tools/demo_model/evaluate.py --prompts` on a GPU, an implementation that shares no code "
-                      "with the engine."])
+    return "\n".join([*lines, "", f"Percent of the answers right (samples); compact: `mean-key` at its defaults. {configuration['form']} over held-out prose, "
+                      f"greedy, final chunk {configuration['final_chunk']}, seed {configuration['seed']}. By the executable on the CUDA backend (bf16 cache, configuration "
+                      f"{figures['digest']}) and on the CPU (fp32, {cpu['digest']}); density and inflation are those of the former. "
+                      "PyTorch: the same prompts answered by `tools/demo_model/evaluate.py --prompts`, an implementation that shares no code with the engine."])
+
+
+def task_accuracy_table(figures: dict) -> str:
+    """Every task, dense beside compact, from one run."""
+    dense = {(row["task"], row["tokens"]): row for row in figures["rows"] if row["selector"] == "dense"}
+    lengths = sorted({row["tokens"] for row in figures["rows"]})
+    tasks = {}
+    for row in figures["rows"]:
+        if row["selector"] != "dense":
+            tasks.setdefault(row["task"], {})[row["tokens"]] = row
+    lines = ["| task | " + " | ".join(f"{length:,}" for length in lengths) + " |", "|---|" + "---|" * len(lengths)]
+    for task, rows in tasks.items():
+        cells = [f"{dense[task, length]['accuracy']:.1f} / {rows[length]['accuracy']:.1f} ({rows[length]['density']:.3f})" for length in lengths]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    samples = sorted({row["samples"] for row in dense.values() if not row["task"].startswith("mean of")})
+    return "\n".join([*lines, "", f"Percent right, dense / `mean-key` at its defaults (its density); {', '.join(map(str, samples))} samples a cell, CUDA backend, otherwise as above "
+                      f"(configuration {figures['digest']})."])
 
 
 def attention_table(figures: dict) -> str:
@@ -207,18 +221,19 @@ def replace_block(path: pathlib.Path, name: str, text: str) -> None:
 
 def tables() -> None:
     demo, attention, accuracy = load("demo_16k"), load("attention_cpu"), load("demo_accuracy")
-    accuracy_torch = load("demo_accuracy_torch")
     if demo:
         replace_block(ROOT / "README.md", "demo", demo_table(demo))
     recorded = []
     if accuracy:
-        text = accuracy_table(accuracy, accuracy_torch)
+        text = accuracy_table(accuracy, load("demo_accuracy_cpu"), load("demo_accuracy_torch"))
         replace_block(ROOT / "README.md", "accuracy", text)
-        replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
-        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`, `demo_accuracy_torch.json`", "", text, "",
-                     "`compact eval ruler -m assets/demo` with the table's tasks, lengths and samples, selectors `dense,mean-key`, in shards "
-                     "(`--shard`), joined by `compact eval merge --json benchmarks/results/demo_accuracy.json`. Times in that file are of "
-                     "machines that did other work and stand in no table.", ""]
+        tasks = task_accuracy_table(load("demo_accuracy_tasks"))
+        replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", f"{text}\n\n{tasks}")
+        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`, `demo_accuracy_cpu.json`, `demo_accuracy_torch.json`", "", text, "",
+                     "All tasks, `demo_accuracy_tasks.json`:", "", tasks, "",
+                     "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
+                     "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
+                     "table.", ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
