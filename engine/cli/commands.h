@@ -22,8 +22,11 @@ CommandBody add_doctor_command(CLI::App& app);
 
 // Subcommands of `compact eval`.
 CommandBody add_eval_ruler_command(CLI::App& eval);
+CommandBody add_eval_compare_command(CLI::App& eval);
 CommandBody add_eval_merge_command(CLI::App& eval);
 CommandBody add_eval_recall_command(CLI::App& eval);
+CommandBody add_eval_perplexity_command(CLI::App& eval);
+CommandBody add_eval_longbench_command(CLI::App& eval);
 
 // Subcommands of `compact bench`.
 CommandBody add_bench_prefill_command(CLI::App& bench);

@@ -64,7 +64,7 @@ Status doctor(const DoctorFlags& flags) {
   fmt::print("union modes      paper, span, tile, adaptive\n");
   fmt::print("architectures    LlamaForCausalLM, Qwen3ForCausalLM (dense); weights F32, BF16, F16\n");
   if (!flags.model_directory.empty()) {
-    CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto"));
+    CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto", Backend::kCpu));
     const ModelConfig& config = model.transformer->config();
     fmt::print("model            {}: {}, {} layers, Hq {}, Hkv {}, D {}, {} positions, {:.1f} MB, chat format {}\n",
                flags.model_directory, architecture_name(config.architecture), config.num_hidden_layers,

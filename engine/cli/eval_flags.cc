@@ -3,13 +3,16 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
+#include "engine/cli/eval_outputs.h"
 #include "engine/cli/files.h"
 #include "engine/cli/selector_spec.h"
+#include "engine/eval/digest.h"
 
 namespace compact::engine {
 namespace {
@@ -38,6 +41,33 @@ Status ReportFiles::write(const std::string& table, const nlohmann::json& figure
   return {};
 }
 
+CLI::Option* WorkFlags::add_to(CLI::App& command) {
+  CLI::Option* option = command.add_option("--work", file, "Write what is found to this file as it comes (JSON lines)");
+  command.add_flag("--resume", resume, "Go on with the --work file of an earlier run");
+  return option;
+}
+
+Status WorkFlags::open(const EvalConfiguration& configuration, std::optional<WorkFile>& work) const {
+  if (file.empty()) return {};
+  CA_ASSIGN_OR_RETURN(work, WorkFile::open(file, configuration, resume));
+  return {};
+}
+
+void add_shard_to(CLI::App& command, std::string& text) {
+  command.add_option("--shard", text, "I/N: answer every N-th sample from I on; `eval merge` joins the files")
+      ->capture_default_str();
+}
+
+// "3/16".
+Result<Shard> parse_shard(const std::string& text) {
+  Shard shard;
+  int used = 0;
+  const bool is_pair = std::sscanf(text.c_str(), "%d/%d%n", &shard.index, &shard.count, &used) == 2 &&
+                       used == static_cast<int>(text.size());
+  if (is_pair && shard.index >= 0 && shard.index < shard.count) return shard;
+  return invalid_argument(fmt::format("--shard is '{}'\n  allowed: I/N with I from 0 to N - 1, e.g. 0/4", text));
+}
+
 std::vector<CLI::Option*> QuestionFlags::add_to(CLI::App& command) {
   return {command
               .add_option("--tasks", tasks,
@@ -55,16 +85,22 @@ std::vector<CLI::Option*> QuestionFlags::add_to(CLI::App& command) {
           command.add_option("--qa-2", qa_2, "Questions of task qa_2: HotpotQA, hotpot_dev_distractor_v1.json")};
 }
 
-RulerQuestions QuestionFlags::resolve() const {
-  RulerQuestions questions;
-  for (const std::string& item : tasks) {
+std::vector<std::string> split_tasks(const std::vector<std::string>& items) {
+  std::vector<std::string> tasks;
+  for (const std::string& item : items) {
     for (const std::string& task : split_list(item)) {
       std::vector<std::string> names = {task};
       if (task == "all") names = ruler_task_names();
       if (task == "generated") names = generated_ruler_task_names();
-      questions.tasks.insert(questions.tasks.end(), names.begin(), names.end());
+      tasks.insert(tasks.end(), names.begin(), names.end());
     }
   }
+  return tasks;
+}
+
+RulerQuestions QuestionFlags::resolve() const {
+  RulerQuestions questions;
+  questions.tasks = split_tasks(tasks);
   questions.lengths_tokens = lengths;
   questions.samples = samples;
   questions.seed = seed;
@@ -107,21 +143,75 @@ void SelectorFlags::add_to(CLI::App& command) {
       ->capture_default_str();
 }
 
-Result<std::vector<SelectorRun>> SelectorFlags::resolve(const GenerateFlags& base) const {
-  std::vector<SelectorRun> selectors;
-  std::set<std::string> labels;
+void add_final_chunk_to(CLI::App& command, std::string& text) {
+  command.add_option("--final-chunk", text, "The prompt's last chunk, which holds the question: sparse or dense")
+      ->capture_default_str();
+}
+
+Result<SelectorRun> resolve_selector(const GenerateFlags& base, const std::string& spec,
+                                     const std::string& final_chunk) {
+  if (final_chunk != "sparse" && final_chunk != "dense") {
+    return invalid_argument(fmt::format("--final-chunk is '{}'\n  allowed: sparse, dense", final_chunk));
+  }
+  CA_ASSIGN_OR_RETURN(const GenerateFlags generate, parse_selector_spec(base, spec));
+  CA_ASSIGN_OR_RETURN(GenerateOptions options, generate.resolve());
+  options.final_chunk_dense = final_chunk == "dense";
+  return SelectorRun{spec, std::move(options)};
+}
+
+Status check_same_pages(const SelectorRun& run, const SessionOptions& shared) {
+  const SessionOptions& own = run.options;
+  if (own.chunk_tokens == shared.chunk_tokens && own.page_tokens == shared.page_tokens &&
+      own.kv_dtype == shared.kv_dtype && own.kv_pages == shared.kv_pages) {
+    return {};
+  }
+  return invalid_argument(
+      fmt::format("selector '{}': chunk, page, kv-dtype and kv-pages must be the same for all\n"
+                  "  try: --chunk, --page, --kv-dtype, --kv-pages themselves",
+                  run.label));
+}
+
+Result<std::vector<std::string>> SelectorFlags::split() const {
+  std::vector<std::string> all;
+  std::set<std::string> seen;
   for (const std::string& item : specs) {
-    for (const std::string& spec : split_selectors(item)) {
-      if (!labels.insert(spec).second) {
+    for (std::string& spec : split_selectors(item)) {
+      if (!seen.insert(spec).second) {
         return invalid_argument(fmt::format("selector '{}' is named twice\n  allowed: each once", spec));
       }
-      CA_ASSIGN_OR_RETURN(const GenerateFlags generate, parse_selector_spec(base, spec));
-      CA_ASSIGN_OR_RETURN(GenerateOptions options, generate.resolve());
-      selectors.push_back({spec, std::move(options)});
+      all.push_back(std::move(spec));
     }
   }
-  if (selectors.empty()) return invalid_argument("--selector names none\n  allowed: at least one");
+  if (all.empty()) return invalid_argument("--selector names none\n  allowed: at least one");
+  return all;
+}
+
+Result<std::vector<SelectorRun>> SelectorFlags::resolve(const GenerateFlags& base,
+                                                        const std::string& final_chunk) const {
+  CA_ASSIGN_OR_RETURN(const std::vector<std::string> all, split());
+  std::vector<SelectorRun> selectors;
+  for (const std::string& spec : all) {
+    CA_ASSIGN_OR_RETURN(SelectorRun run, resolve_selector(base, spec, final_chunk));
+    selectors.push_back(std::move(run));
+  }
   return selectors;
+}
+
+Result<EvalConfiguration> ruler_configuration(const std::string& model_directory, const LoadedModel& model,
+                                              const QuestionFlags& questions, const SourceFiles& sources,
+                                              const std::string& final_chunk, const GenerateFlags& generate) {
+  CA_ASSIGN_OR_RETURN(const std::string digest, model_digest(model_directory));
+  EvalConfiguration configuration;
+  configuration.json = {{"benchmark", kRuler},
+                        {"form", "RULER form"},  // its wording and parameters; the text is known by its digest
+                        {"generator", 1},        // changes when the same seed gives other prompts
+                        {"model", digest},
+                        {"chat", chat_format_name(model.chat_format)},
+                        {"seed", questions.seed},
+                        {"final_chunk", final_chunk},
+                        {"options", prefill_flag_values(generate)}};
+  configuration.json.update(sources.digests());
+  return configuration;
 }
 
 void add_model_to(CLI::App& command, std::string& directory) {

@@ -34,15 +34,8 @@ Result<std::vector<RecallSelector>> make_selectors(const RecallFlags& flags, con
   CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> runs, flags.selectors.resolve(flags.generate));
   std::vector<RecallSelector> selectors;
   for (const SelectorRun& run : runs) {
-    const SessionOptions& own = run.options;
-    if (own.chunk_tokens != shared.chunk_tokens || own.page_tokens != shared.page_tokens ||
-        own.kv_dtype != shared.kv_dtype || own.kv_pages != shared.kv_pages) {
-      return invalid_argument(
-          fmt::format("selector '{}': chunk, page, kv-dtype and kv-pages must be the same for all\n"
-                      "  try: --chunk, --page, --kv-dtype, --kv-pages themselves",
-                      run.label));
-    }
-    selectors.push_back({run.label, own.sparsity});
+    CA_RETURN_IF_ERROR(check_same_pages(run, shared));
+    selectors.push_back({run.label, run.options.sparsity});
   }
   return selectors;
 }
@@ -68,13 +61,7 @@ Result<Prompts> generate_prompts(const RecallFlags& flags, const LoadedModel& mo
   const RulerQuestions questions = flags.questions.resolve();
   CA_ASSIGN_OR_RETURN(const SourceFiles sources, SourceFiles::load(flags.questions));
   CA_ASSIGN_OR_RETURN(const RulerTasks tasks, make_ruler_tasks(questions, sources.view(), model));
-  const OnSample add_prompt = [&](const RulerTask& task, const SampleSeed& seed) -> Status {
-    CA_ASSIGN_OR_RETURN(FittedSample fitted,
-                        fit_sample(task, seed, [&](const EvalSample& s) { return encode_sample(model, s); }));
-    result.prompts.push_back({fmt::format("{} {}", task.name(), seed.length_tokens), std::move(fitted.tokens)});
-    return {};
-  };
-  CA_RETURN_IF_ERROR(for_each_sample(questions, tasks, add_prompt));
+  CA_ASSIGN_OR_RETURN(result.prompts, recall_prompts(questions, tasks, model));
   result.configuration = sources.digests();
   result.configuration["tasks"] = questions.tasks;
   result.configuration["lengths"] = questions.lengths_tokens;
@@ -87,7 +74,7 @@ Status eval_recall(const RecallFlags& flags) {
   CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve());
   CA_ASSIGN_OR_RETURN(const std::vector<RecallSelector> selectors, make_selectors(flags, shared));
   CA_RETURN_IF_ERROR(flags.report.check());
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, shared.backend));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, flags.generate.load(flags.model_directory));
   CA_ASSIGN_OR_RETURN(const Prompts prompts,
                       flags.prompt_files.empty() ? generate_prompts(flags, model) : read_prompts(flags, model));
   EvalConfiguration configuration;
@@ -105,7 +92,7 @@ Status eval_recall(const RecallFlags& flags) {
   ThreadPool pool(flags.generate.threads);
   CA_ASSIGN_OR_RETURN(const std::vector<GroupRecall> groups,
                       measure_recall(
-                          *model.transformer, prompts.prompts, selectors, shared,
+                          *model.transformer, prompts.prompts, selectors, shared, RecallMeasure::kMass,
                           [&](const RecallPrompt& prompt) { bar.advance(cost(prompt), prompt.group); }, pool));
   return flags.report.write(recall_markdown(configuration, groups), recall_json(configuration, groups));
 }

@@ -170,4 +170,9 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
   return resolved;
 }
 
+Result<LoadedModel> GenerateFlags::load(const std::filesystem::path& directory) const {
+  CA_ASSIGN_OR_RETURN(const Backend where, resolve_backend(backend));
+  return load_model(directory, chat, where);
+}
+
 }  // namespace compact::engine

@@ -8,23 +8,12 @@
 #include <vector>
 
 #include "compact/status.h"
-#include "compact/thread_pool.h"
-#include "engine/eval/record.h"
+#include "engine/eval/answerer.h"
+#include "engine/eval/recall.h"
 #include "engine/eval/ruler_task.h"
 #include "engine/scheduler/answer.h"
 
 namespace compact::engine {
-
-struct SelectorRun {
-  std::string label;        // as the user wrote it
-  GenerateOptions options;  // max_tokens and end_tokens are the task's and the model's
-};
-
-/// Which samples this process answers: those whose index leaves `index` when divided by `count`.
-struct Shard {
-  std::int32_t index = 0;
-  std::int32_t count = 1;
-};
 
 /// What is asked.
 struct RulerQuestions {
@@ -51,15 +40,15 @@ using RulerTasks = std::vector<std::vector<std::unique_ptr<RulerTask>>>;
 using OnSample = std::function<Status(const RulerTask& task, const SampleSeed& seed)>;
 [[nodiscard]] Status for_each_sample(const RulerQuestions& questions, const RulerTasks& tasks, const OnSample& body);
 
-/// Called after every answer; `record` has just been written to the work file.
-using OnRecord = std::function<void(const EvalRecord& record)>;
+/// The samples as prompts to measure recall on, each group a task and length.
+/// Errors: those of fit_sample.
+[[nodiscard]] Result<std::vector<RecallPrompt>> recall_prompts(const RulerQuestions& questions, const RulerTasks& tasks,
+                                                               const LoadedModel& model);
 
-/// Answers what the shard has and the work file (may be null) has not, greedily, each answer up to the task's limit or
-/// until nothing more can be won; every sample with one selector after the other. Returns all records of the run,
-/// resumed ones included.
-[[nodiscard]] Result<std::vector<EvalRecord>> evaluate_ruler(const RulerQuestions& questions, const RulerTasks& tasks,
-                                                             const std::vector<SelectorRun>& selectors,
-                                                             const LoadedModel& model, WorkFile* work,
-                                                             const OnRecord& on_record, ThreadPool& pool);
+/// Asks every sample of the shard that has not been answered yet, greedily, each answer up to the task's limit or until
+/// nothing more can be won.
+[[nodiscard]] Status evaluate_ruler(const RulerQuestions& questions, const RulerTasks& tasks,
+                                    const std::vector<SelectorRun>& selectors, const LoadedModel& model,
+                                    Answerer& answerer);
 
 }  // namespace compact::engine

@@ -46,6 +46,20 @@ double RecallSpread::percentile5() const noexcept {
   return 1.0;
 }
 
+RecallSums SelectorRecall::sums() const {
+  RecallSums all;
+  for (const std::vector<RecallSums>& layer : heads) {
+    for (const RecallSums& head : layer) all.add(head);
+  }
+  return all;
+}
+
+UnionStats SelectorRecall::stats() const {
+  UnionStats all;
+  for (const UnionStats& stats : layer_stats) all.add(stats);
+  return all;
+}
+
 namespace {
 
 // The blocks of the mass that lie in a unit: they are sorted by their first query row.
@@ -131,9 +145,10 @@ void add_unit(const RecallInput& input, const AttentionUnit& unit, std::vector<R
 class RecallMeter {
  public:
   [[nodiscard]] static Result<RecallMeter> create(const ModelConfig& config,
-                                                  const std::vector<RecallSelector>& selectors) {
+                                                  const std::vector<RecallSelector>& selectors, RecallMeasure measure) {
     RecallMeter meter;
     meter.config_ = &config;
+    meter.measure_ = measure;
     for (const RecallSelector& selector : selectors) {
       CA_ASSIGN_OR_RETURN(auto made, make_selector(selector.options.selector));
       meter.selectors_.push_back({&selector, std::move(made), nullptr});
@@ -165,15 +180,7 @@ class RecallMeter {
     const std::int32_t past_pages = step.chunk.num_past_pages(kv.page_tokens);
     if (past_pages == 0) return {};
     const std::span<const ChunkView> chunks(&step.chunk, 1);
-    // The smallest unit holds 128 rows of the heads of a KV head.
-    const std::int32_t group = step.q.heads / kv.num_kv_heads;
-    const auto tile_tokens = static_cast<std::int32_t>(std::bit_floor(static_cast<std::uint32_t>(128 / group)));
-    CA_RETURN_IF_ERROR(compute_page_mass({.chunks = chunks,
-                                          .q = step.q,
-                                          .kv = kv,
-                                          .softmax_scale = step.softmax_scale,
-                                          .block_tokens = std::clamp(tile_tokens, 1, kv.page_tokens)},
-                                         mass_, step.pool));
+    if (measure_ == RecallMeasure::kMass) CA_RETURN_IF_ERROR(compute_mass(step, kv, chunks));
     for (Entry& entry : selectors_) {
       CA_RETURN_IF_ERROR(measure(step, kv, chunks, past_pages, entry));
     }
@@ -186,6 +193,19 @@ class RecallMeter {
     std::unique_ptr<Selector> selector;
     SelectorRecall* sums;
   };
+
+  [[nodiscard]] Status compute_mass(const AttentionStep& step, const PagedKvView& kv,
+                                    std::span<const ChunkView> chunks) {
+    // The smallest unit holds 128 rows of the heads of a KV head.
+    const std::int32_t group = step.q.heads / kv.num_kv_heads;
+    const auto tile_tokens = static_cast<std::int32_t>(std::bit_floor(static_cast<std::uint32_t>(128 / group)));
+    return compute_page_mass({.chunks = chunks,
+                              .q = step.q,
+                              .kv = kv,
+                              .softmax_scale = step.softmax_scale,
+                              .block_tokens = std::clamp(tile_tokens, 1, kv.page_tokens)},
+                             mass_, step.pool);
+  }
 
   [[nodiscard]] Status measure(const AttentionStep& step, const PagedKvView& kv, std::span<const ChunkView> chunks,
                                std::int32_t past_pages, Entry& entry) {
@@ -203,6 +223,7 @@ class RecallMeter {
     sums.unite_seconds += unite_stopwatch.seconds();
     for (const UnionStats& stats : lists_.chunk_stats)
       sums.layer_stats[static_cast<std::size_t>(step.layer)].add(stats);
+    if (measure_ == RecallMeasure::kDensity) return {};
     for (const std::int32_t rows : mass_.nonfinite) sums.nonfinite_rows += rows;
 
     const std::vector<RecallRow> rows =
@@ -219,6 +240,7 @@ class RecallMeter {
   }
 
   const ModelConfig* config_ = nullptr;
+  RecallMeasure measure_ = RecallMeasure::kMass;
   std::vector<Entry> selectors_;
   PageMass mass_;
   BlockMask mask_;
@@ -238,12 +260,12 @@ std::vector<RecallRow> recall_rows(const RecallInput& input, ThreadPool& pool) {
 
 Result<std::vector<GroupRecall>> measure_recall(const Model& model, const std::vector<RecallPrompt>& prompts,
                                                 const std::vector<RecallSelector>& selectors,
-                                                const SessionOptions& options, const OnRecallPrompt& on_prompt,
-                                                ThreadPool& pool) {
+                                                const SessionOptions& options, RecallMeasure measure,
+                                                const OnRecallPrompt& on_prompt, ThreadPool& pool) {
   if (prompts.empty() || selectors.empty()) {
     return invalid_argument("nothing to measure\n  allowed: at least one prompt and one selector");
   }
-  CA_ASSIGN_OR_RETURN(RecallMeter meter, RecallMeter::create(model.config(), selectors));
+  CA_ASSIGN_OR_RETURN(RecallMeter meter, RecallMeter::create(model.config(), selectors, measure));
   SessionOptions dense = options;
   dense.sparsity = {};
   dense.sparsity.selector.name = "dense";

@@ -106,6 +106,10 @@ struct SelectorRecall {
   double select_seconds = 0;
   double unite_seconds = 0;
   std::int64_t nonfinite_rows = 0;
+
+  /// Over all layers and heads.
+  [[nodiscard]] RecallSums sums() const;
+  [[nodiscard]] UnionStats stats() const;
 };
 
 struct GroupRecall {
@@ -117,12 +121,15 @@ struct GroupRecall {
 
 using OnRecallPrompt = std::function<void(const RecallPrompt& prompt)>;
 
+/// kDensity: lists only. Costs a dense prefill and the selections; the sums of heads and the spreads stay empty.
+enum class RecallMeasure : std::int32_t { kMass = 0, kDensity = 1 };
+
 /// `options`: chunks, pages and cache of every selector; its own selector is not used.
 /// Errors: kInvalidArgument (no prompt, no selector); those of Session, of the selectors and of build_page_lists.
 [[nodiscard]] Result<std::vector<GroupRecall>> measure_recall(const Model& model,
                                                               const std::vector<RecallPrompt>& prompts,
                                                               const std::vector<RecallSelector>& selectors,
-                                                              const SessionOptions& options,
+                                                              const SessionOptions& options, RecallMeasure measure,
                                                               const OnRecallPrompt& on_prompt, ThreadPool& pool);
 
 }  // namespace compact::engine

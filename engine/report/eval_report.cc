@@ -25,6 +25,7 @@ EvalRow make_row(std::span<const EvalRecord* const> records, const std::map<std:
   EvalRow row;
   std::vector<double> scores;
   std::vector<double> differences;
+  std::int64_t steps = 0;
   for (const EvalRecord* record : records) {
     row.task = record->task;
     row.length_tokens = record->length_tokens;
@@ -37,12 +38,20 @@ EvalRow make_row(std::span<const EvalRecord* const> records, const std::map<std:
     row.stats.add(record->stats);
     row.ttft_seconds += record->ttft_seconds;
     row.attention_seconds += record->attention_seconds;
+    row.select_seconds += record->select_seconds;
+    row.state_bytes_per_token += record->state_bytes_per_token;
+    steps += record->steps;
     row.prompt_tokens += record->prompt_tokens;
     row.dense_chunks += record->dense_chunks;
     row.nonfinite_rows += record->nonfinite_rows;
   }
   const auto count = static_cast<double>(records.size());
   row.samples = static_cast<std::int32_t>(records.size());
+  if (steps > 0) {
+    row.step_seconds = row.attention_seconds / static_cast<double>(steps);
+    row.select_seconds /= static_cast<double>(steps);
+  }
+  row.state_bytes_per_token /= count;
   row.ttft_seconds /= count;
   row.attention_seconds /= count;
   row.prompt_tokens /= count;
@@ -66,6 +75,9 @@ EvalRow mean_row(std::span<const EvalRow> rows) {
     mean.stats.add(row.stats);
     mean.ttft_seconds += row.ttft_seconds;
     mean.attention_seconds += row.attention_seconds;
+    mean.step_seconds += row.step_seconds;
+    mean.select_seconds += row.select_seconds;
+    mean.state_bytes_per_token += row.state_bytes_per_token;
     mean.prompt_tokens += row.prompt_tokens;
     mean.dense_chunks += row.dense_chunks;
     mean.nonfinite_rows += row.nonfinite_rows;
@@ -74,6 +86,9 @@ EvalRow mean_row(std::span<const EvalRow> rows) {
   mean.task = fmt::format("mean of {} tasks", rows.size());
   mean.ttft_seconds /= count;
   mean.attention_seconds /= count;
+  mean.step_seconds /= count;
+  mean.select_seconds /= count;
+  mean.state_bytes_per_token /= count;
   mean.prompt_tokens /= count;
   mean.accuracy = mean_of(accuracies);
   if (differences.size() == rows.size()) mean.difference = mean_of(differences);
@@ -92,6 +107,9 @@ nlohmann::json row_json(const EvalRow& row) {
                          {"union_inflation", row.stats.union_inflation()},
                          {"ttft_seconds", row.ttft_seconds},
                          {"attention_seconds", row.attention_seconds},
+                         {"step_seconds", row.step_seconds},
+                         {"select_seconds", row.select_seconds},
+                         {"state_bytes_per_token", row.state_bytes_per_token},
                          {"prompt_tokens", row.prompt_tokens},
                          {"dense_chunks", row.dense_chunks},
                          {"nonfinite_rows", row.nonfinite_rows}};
@@ -104,15 +122,23 @@ nlohmann::json row_json(const EvalRow& row) {
   return json;
 }
 
-std::string config_text(const nlohmann::json& configuration, const char* key) {
-  if (!configuration.contains(key)) return "not said";
-  const nlohmann::json& value = configuration[key];
-  return value.is_string() ? value.get<std::string>() : value.dump();
+// What the figures are of: the parts of a configuration that a reader may know.
+std::string title_of(const EvalConfiguration& configuration) {
+  const nlohmann::json& json = configuration.json;
+  std::string title = json.value("form", std::string("compact eval"));
+  const char* separator = ": ";
+  for (const char* key : {"model", "data", "essays", "words", "final_chunk"}) {
+    if (!json.contains(key)) continue;
+    const nlohmann::json& value = json[key];
+    title += fmt::format("{}{} {}", separator, key, value.is_string() ? value.get<std::string>() : value.dump());
+    separator = ", ";
+  }
+  return title + ", configuration " + configuration.digest();
 }
 
 }  // namespace
 
-std::vector<EvalRow> eval_rows(const std::vector<EvalRecord>& records) {
+std::vector<EvalRow> eval_rows(const std::vector<EvalRecord>& records, MeanRows means) {
   std::vector<std::int32_t> lengths;
   std::vector<std::string> tasks;
   std::vector<std::string> selectors;
@@ -141,7 +167,8 @@ std::vector<EvalRow> eval_rows(const std::vector<EvalRecord>& records) {
       }
     }
     for (const std::string& selector : selectors) {
-      if (by_selector[selector].size() > 1) rows.push_back(mean_row(by_selector[selector]));
+      if (means == MeanRows::kOverTasks && by_selector[selector].size() > 1)
+        rows.push_back(mean_row(by_selector[selector]));
     }
   }
   return rows;
@@ -155,10 +182,7 @@ nlohmann::json eval_json(const EvalConfiguration& configuration, const std::vect
 }
 
 std::string eval_markdown(const EvalConfiguration& configuration, const std::vector<EvalRow>& rows) {
-  const nlohmann::json& json = configuration.json;
-  std::string text = fmt::format("{}: model {}, essays {}, words {}, final chunk {}, configuration {}\n\n",
-                                 config_text(json, "form"), config_text(json, "model"), config_text(json, "essays"),
-                                 config_text(json, "words"), config_text(json, "final_chunk"), configuration.digest());
+  std::string text = title_of(configuration) + "\n\n";
   text +=
       "| tokens | task | selector | samples | accuracy | to dense, points [95 %] | density | union inflation | TTFT s "
       "| "

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <string_view>
 
+#include "engine/report/svg.h"
+
 namespace compact::engine {
 namespace {
 
@@ -19,29 +21,6 @@ constexpr const char* kChunkColor = "#9aa5b1";    // pages of the chunk itself, 
 constexpr const char* kSkippedColor = "#eef1f4";  // a past page that nobody wanted
 constexpr const char* kMarkColor = "#d9480f";
 
-std::string escape_xml(std::string_view text) {
-  std::string escaped;
-  for (const char c : text) {
-    switch (c) {
-      case '&': escaped += "&amp;"; break;
-      case '<': escaped += "&lt;"; break;
-      case '>': escaped += "&gt;"; break;
-      case '"': escaped += "&quot;"; break;
-      default: escaped += c;
-    }
-  }
-  return escaped;
-}
-
-std::string rect(double x, double y, double width, double height, const char* color) {
-  return fmt::format("<rect x=\"{:.2f}\" y=\"{:.2f}\" width=\"{:.2f}\" height=\"{:.2f}\" fill=\"{}\"/>\n", x, y, width,
-                     height, color);
-}
-
-std::string text(double x, double y, int size, std::string_view content) {
-  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" font-size=\"{}\">{}</text>\n", x, y, size, escape_xml(content));
-}
-
 // Neighbouring pages of one kind become one rectangle: a dense row of 1000 pages is then two elements.
 std::string chunk_row(const std::vector<std::int32_t>& pages, std::int32_t num_past, double x, double y,
                       double page_width) {
@@ -50,8 +29,8 @@ std::string chunk_row(const std::vector<std::int32_t>& pages, std::int32_t num_p
     const bool past = pages[begin] < num_past;
     std::size_t end = begin + 1;
     while (end < pages.size() && pages[end] == pages[end - 1] + 1 && (pages[end] < num_past) == past) ++end;
-    svg += rect(x + pages[begin] * page_width, y, static_cast<double>(end - begin) * page_width, kChunkHeight - 1,
-                past ? kPastColor : kChunkColor);
+    svg += svg_rect(x + pages[begin] * page_width, y, static_cast<double>(end - begin) * page_width, kChunkHeight - 1,
+                    past ? kPastColor : kChunkColor);
     begin = end;
   }
   return svg;
@@ -83,16 +62,13 @@ std::string page_map_svg(const PageMapInput& input) {
   const double width = kGap + static_cast<double>(std::max<std::size_t>(num_heads, 2)) * (kPanelWidth + kGap);
   const double height = kHeaderHeight + static_cast<double>(layers.size()) * (panel_height + kGap);
 
-  std::string svg = fmt::format(
-      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0:.0f}\" height=\"{1:.0f}\" viewBox=\"0 0 {0:.0f} {1:.0f}\" "
-      "font-family=\"sans-serif\" fill=\"#22303c\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
-      width, height);
-  svg += text(kGap, 22, 16, input.title);
-  svg += text(kGap, 40, 12, input.caption);
+  std::string svg = svg_begin(width, height);
+  svg += svg_text(kGap, 22, 16, input.title);
+  svg += svg_text(kGap, 40, 12, input.caption);
   double legend_x = kGap;
   const auto legend = [&](const char* color, std::string_view label) {
-    svg += rect(legend_x, 51, 10, 10, color);
-    svg += text(legend_x + 15, 60, 11, label);
+    svg += svg_rect(legend_x, 51, 10, 10, color);
+    svg += svg_text(legend_x + 15, 60, 11, label);
     legend_x += 30 + 6.2 * static_cast<double>(label.size());
   };
   legend(kPastColor, "past page read");
@@ -104,23 +80,23 @@ std::string page_map_svg(const PageMapInput& input) {
     for (std::size_t head = 0; head < num_heads; ++head) {
       const double x = kGap + static_cast<double>(head) * (kPanelWidth + kGap);
       const double top = kHeaderHeight + static_cast<double>(i) * (panel_height + kGap);
-      svg += text(x, top + 10, 11,
-                  fmt::format("layer {}, KV head {}: {:.0f} % of past pages", i, head,
-                              100 * head_density(layers[i], head, input)));
+      svg += svg_text(x, top + 10, 11,
+                      fmt::format("layer {}, KV head {}: {:.0f} % of past pages", i, head,
+                                  100 * head_density(layers[i], head, input)));
       for (std::size_t chunk = 0; chunk < num_chunks; ++chunk) {
         const double y = top + kLabelHeight + static_cast<double>(chunk) * kChunkHeight;
         const std::int64_t start = static_cast<std::int64_t>(chunk) * input.chunk_tokens;
         const auto num_past = static_cast<std::int32_t>(start / input.page_tokens);
-        if (num_past > 0) svg += rect(x, y, num_past * page_width, kChunkHeight - 1, kSkippedColor);
+        if (num_past > 0) svg += svg_rect(x, y, num_past * page_width, kChunkHeight - 1, kSkippedColor);
         svg += chunk_row(layers[i].traced_pages[chunk][head], num_past, x, y, page_width);
       }
       for (const PageMapMark& mark : input.marks) {
-        svg += rect(x + mark.page * page_width, top + kLabelHeight - 3, std::max(1.0, page_width / 3),
-                    panel_height - kLabelHeight + 3, kMarkColor);
+        svg += svg_rect(x + mark.page * page_width, top + kLabelHeight - 3, std::max(1.0, page_width / 3),
+                        panel_height - kLabelHeight + 3, kMarkColor);
       }
     }
   }
-  return svg + "</svg>\n";
+  return svg + svg_end();
 }
 
 }  // namespace compact::engine

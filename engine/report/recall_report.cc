@@ -16,18 +16,6 @@ RecallSums sum_of(const std::vector<RecallSums>& heads) {
   return all;
 }
 
-RecallSums sum_of(const SelectorRecall& selector) {
-  RecallSums all;
-  for (const std::vector<RecallSums>& heads : selector.heads) all.add(sum_of(heads));
-  return all;
-}
-
-UnionStats stats_of(const SelectorRecall& selector) {
-  UnionStats all;
-  for (const UnionStats& stats : selector.layer_stats) all.add(stats);
-  return all;
-}
-
 nlohmann::json sums_json(const RecallSums& sums) {
   return {{"rows_tokens", sums.tokens()},          {"recall", sums.recall()},
           {"oracle_recall", sums.oracle_recall()}, {"row_oracle_recall", sums.row_oracle_recall()},
@@ -35,8 +23,8 @@ nlohmann::json sums_json(const RecallSums& sums) {
 }
 
 nlohmann::json selector_json(const SelectorRecall& selector) {
-  const UnionStats stats = stats_of(selector);
-  nlohmann::json json = sums_json(sum_of(selector));
+  const UnionStats stats = selector.stats();
+  nlohmann::json json = sums_json(selector.sums());
   json.update({{"selector", selector.label},
                {"density", stats.density()},
                {"union_inflation", stats.union_inflation()},
@@ -103,8 +91,8 @@ std::string recall_markdown(const EvalConfiguration& configuration, const std::v
       configuration.digest());
   for (const GroupRecall& group : groups) {
     for (const SelectorRecall& selector : group.selectors) {
-      const RecallSums sums = sum_of(selector);
-      const UnionStats stats = stats_of(selector);
+      const RecallSums sums = selector.sums();
+      const UnionStats stats = selector.stats();
       text += fmt::format(
           "| {} x {} | {} | {} | {:.3f} | {:.2f} | {:.4f} | {:.4f} | {:.4f} | {:.4f} | {:.4f} | {:.4f} | {:.2f} | "
           "{:.2f} "

@@ -33,7 +33,7 @@ struct LoadedModel {
 /// Errors: kIoError for a directory without a checkpoint; those of the loaders; kInvalidArgument if the tokenizer has
 /// tokens that the embedding has no row for.
 [[nodiscard]] Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat,
-                                             Backend backend = Backend::kCpu);
+                                             Backend backend);
 
 /// The prompt's ids in the model's chat format.
 [[nodiscard]] Result<std::vector<std::int32_t>> encode_prompt(const LoadedModel& model, std::string_view prompt);
