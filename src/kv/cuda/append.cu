@@ -307,7 +307,7 @@ __device__ __forceinline__ void turn_queries(const AppendArgs& a, std::int32_t c
 }
 
 template <ptx::MmaType kType, int kDim>
-__global__ void __launch_bounds__(kThreads, 2) append_kernel(AppendArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) append_kernel(AppendArgs args) {
   __shared__ SharedKeys<kDim> shared;
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
