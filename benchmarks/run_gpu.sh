@@ -18,8 +18,8 @@
 # anything failed. Not run is never passed: a missing binary or tool is a line of the table.
 set -uo pipefail
 
-build=${1:?build directory}
-out=${2:?output directory}
+build=$(realpath -m "${1:?build directory}")
+out=$(realpath -m "${2:?output directory}")
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 gpu=$build/tests/gpu
