@@ -205,6 +205,34 @@ def step_gpu_table(figures: dict) -> str:
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
+def append_gpu_table(figures: dict) -> str:
+    lines = ["Keys normed and rotated, K, V and page means written; queries turned in the same call. A copy moves as many bytes as K and V "
+             "have (last column: as K, V and Q have), in the same run.", "",
+             "| shape | copy ms | append K, V ms | of a copy | with Q ms | of a copy |", "|---|---|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['copy_ms']:.4f} | {row['kv_ms']:.4f} | {row['kv_to_copy']:.2f} | {row['all_ms']:.4f} | {row['all_to_copy']:.2f} |"
+              for row in figures["rows"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def prefill_gpu_table(figures: dict) -> str:
+    shape = figures["shape"]
+    lines = [f"Time to first token of the shape of {pathlib.Path(figures['model']).stem}: {shape['layers']} layers, hidden {shape['hidden']}, Hq {shape['q_heads']}, Hkv "
+             f"{shape['kv_heads']}, D {shape['head_dim']}, bf16, weights drawn at random, one request. `random:share=0.1` forces a tenth of the past pages "
+             "(plus sinks and windows; selection costs nothing there), `mean-key` is the default rule, which finds little on weights without meaning. A "
+             f"product of 8192 x 8192 in the same run: {figures['gemm_tflops']:.0f} TFLOP/s; `of it`: FLOP of the whole dense model over TTFT against that.",
+             "", "| L | C | selector | density | TTFT s | to dense | attention s | share | select s | of it | GB |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for row in figures["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['context']:,} | | {row['selector']} | | no memory | | | | | | |")
+            continue
+        rate = f"{row['tflops'] / figures['gemm_tflops']:.0%}" if "tflops" in row else ""
+        speedup = f"{row['speedup_to_dense']:.2f}x" if "speedup_to_dense" in row else ""
+        lines.append(f"| {row['context']:,} | {row['chunk']} | {row['selector'].split(':chunk')[0]} | {row['density']:.3f} | {row['ttft_seconds']:.2f} | {speedup} | "
+                     f"{row['attention_seconds']:.2f} | {row['attention_share']:.0%} | {row['select_seconds']:.2f} | {rate} | {row['peak_bytes'] / 1e9:.0f} |")
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
 def sdpa_table(figures: dict) -> str:
     lines = [f"{figures['threads']} threads, in turns; of the same run: sgemm {figures['sgemm_gflops']:.0f}, PyTorch's bf16 matmul "
              f"{figures['bf16_matmul_gflops']:.0f} GFLOP/s. `kernel`: forced; without one asked for the fastest runs.", "",
@@ -244,6 +272,11 @@ def tables() -> None:
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
+    append_gpu, prefill_gpu = load("append_gpu"), load("prefill_gpu")
+    if append_gpu:
+        recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]
+    if prefill_gpu:
+        recorded += ["## A whole model on one GPU, `prefill_gpu.json`", "", prefill_gpu_table(prefill_gpu), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     if sdpa:

@@ -17,6 +17,7 @@
 #include "src/kv/cuda/launch.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/convert.cuh"
+#include "src/ptx/prefetch.cuh"
 
 namespace compact {
 namespace {
@@ -234,6 +235,9 @@ __device__ __forceinline__ void turn_keys(const AppendArgs& a, const PagePart& p
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const std::int32_t t = slice + i * rows + my_row;
+      if (a.in.rope_table != nullptr && t >= p.old_end && t < p.end) {
+        ptx::prefetch_l1(a.in.rope_table + (p.first_row + t) * kDim + part * 2 * kVector);
+      }
       if (t >= begin && t < p.end) {
         head[i].load(t < p.old_end ? to + t * a.kv.token_stride : from + (p.first_row + t) * a.in.k_token_stride, part);
       }
