@@ -10,9 +10,11 @@
 #   sanitizer    memcheck, racecheck and synccheck on small shapes
 #   bench        our benchmarks (attention, then the whole step); --quick: the shapes of the targets only
 #   peers        our kernel and dense attention of PyTorch in turns, in one process (needs torch)
+#   engine       the engine's tests, the demo on both backends, and time to first token of the Llama-3.1-8B shape; --quick: to
+#                32K tokens only. Needs cuBLASLt: the toolkit's, or that of an installed PyTorch
 #   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
 #
-# No part: layouts tests bench peers sanitizer experiments. Logs go to OUT; a table of what passed comes last. Exit 1 if
+# No part: layouts tests bench peers sanitizer engine experiments. Logs go to OUT; a table of what passed comes last. Exit 1 if
 # anything failed. Not run is never passed: a missing binary or tool is a line of the table.
 set -uo pipefail
 
@@ -26,14 +28,14 @@ parts=()
 for argument in "$@"; do
   case $argument in
     --quick) quick=true ;;
-    layouts | tests | sanitizer | bench | peers | experiments) parts+=("$argument") ;;
-    *) echo "run_gpu.sh: unknown part '$argument'; allowed: layouts tests sanitizer bench peers experiments --quick" >&2; exit 2 ;;
+    layouts | tests | sanitizer | bench | peers | engine | experiments) parts+=("$argument") ;;
+    *) echo "run_gpu.sh: unknown part '$argument'; allowed: layouts tests sanitizer bench peers engine experiments --quick" >&2; exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer experiments)
+[ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer engine experiments)
 export TEST_SECONDS=${TEST_SECONDS:-40}  # of one test
 mkdir -p "$out/tests"
-chmod +x "$gpu"/*_test "$build"/benchmarks/{attention_gpu_bench,step_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
+chmod +x "$gpu"/*_test "$build"/compact "$build"/benchmarks/{append_gpu_bench,attention_gpu_bench,step_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
 : >"$out/table"
 
 row() { echo "$*" | tee -a "$out/table"; }
@@ -76,7 +78,7 @@ layouts() {
 tests() {
   local names binary
   : >"$out/tests/summary"
-  for binary in attention_gpu_test step_gpu_test; do
+  for binary in append_gpu_test attention_gpu_test step_gpu_test; do
     export TEST_BINARY=$gpu/$binary
     if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
       row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
@@ -116,6 +118,8 @@ sanitizer() {
 bench() {
   limited bench 200 "$build/benchmarks/attention_gpu_bench" $($quick && echo --quick) --json "$out/bench.json"
   cat "$out/bench.log" 2>/dev/null
+  limited append 60 "$build/benchmarks/append_gpu_bench" --json "$out/append.json"
+  cat "$out/append.log" 2>/dev/null
   limited step 200 "$build/benchmarks/step_gpu_bench" $($quick && echo --mode paper) --json "$out/step.json"
   cat "$out/step.log" 2>/dev/null
 }
@@ -124,6 +128,23 @@ peers() {
   limited peers 300 python3 "$here/attention_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
     --json "$out/attention_gpu.json"
   cat "$out/peers.log" 2>/dev/null
+}
+
+engine() {
+  local libraries contexts=8192,32768,131072,262144
+  libraries=$(python3 -c 'import glob, os, sysconfig
+found = glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/**/libcublasLt.so*", recursive=True)
+print(":".join(sorted({os.path.dirname(f) for f in found})))' 2>/dev/null)
+  export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  $quick && contexts=8192,32768
+  (cd "$here/.." && limited engine_tests 120 "$gpu/engine_gpu_test")
+  for backend in cpu cuda; do
+    limited "demo_$backend" 120 "$build/compact" demo -m "$here/../assets/demo" --backend $backend --svg ""
+    grep -E '^(answer|first token|attention|past pages)' "$out/demo_$backend.log"
+  done
+  limited prefill 300 "$build/compact" bench prefill --backend cuda --random-weights "$here/configs/llama31_8b.json" \
+    --context $contexts --selector dense,mean-key,random:share=0.1 --mode paper --json "$out/prefill_gpu.json"
+  cat "$out/prefill.log" 2>/dev/null
 }
 
 experiments() {

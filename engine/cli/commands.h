@@ -3,12 +3,16 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <initializer_list>
 
 #include "compact/status.h"
 
 namespace compact::engine {
 
 using CommandBody = std::function<Status()>;
+
+/// A command that consists of others, of which one must be named.
+CommandBody add_subcommands(CLI::App& parent, std::initializer_list<CommandBody (*)(CLI::App&)> adders);
 
 CommandBody add_run_command(CLI::App& app);
 CommandBody add_demo_command(CLI::App& app);
@@ -24,7 +28,8 @@ CommandBody add_eval_recall_command(CLI::App& eval);
 CommandBody add_eval_perplexity_command(CLI::App& eval);
 CommandBody add_eval_longbench_command(CLI::App& eval);
 
-// Subcommand of `compact bench`.
+// Subcommands of `compact bench`.
+CommandBody add_bench_prefill_command(CLI::App& bench);
 CommandBody add_bench_step_command(CLI::App& bench);
 
 }  // namespace compact::engine

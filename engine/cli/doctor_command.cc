@@ -57,14 +57,14 @@ Status doctor(const DoctorFlags& flags) {
       json["cuda_device"] = {{"name", device->name},
                              {"capability", device->capability},
                              {"memory_gb", static_cast<double>(device->memory_bytes) / gigabytes},
-                             {"selectors", "dense, mean-key, random"}};
+                             {"selectors", "dense, mean-key, random; the others select on the CPU"}};
     }
   }
   fmt::print("selectors        {}\n", selector_names());
   fmt::print("union modes      paper, span, tile, adaptive\n");
   fmt::print("architectures    LlamaForCausalLM, Qwen3ForCausalLM (dense); weights F32, BF16, F16\n");
   if (!flags.model_directory.empty()) {
-    CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto"));
+    CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto", Backend::kCpu));
     const ModelConfig& config = model.transformer->config();
     fmt::print("model            {}: {}, {} layers, Hq {}, Hkv {}, D {}, {} positions, {:.1f} MB, chat format {}\n",
                flags.model_directory, architecture_name(config.architecture), config.num_hidden_layers,

@@ -178,7 +178,7 @@ Status eval_compare(const CompareFlags& flags) {
   CA_ASSIGN_OR_RETURN(const Plan plan, make_plan(flags));
   CA_RETURN_IF_ERROR(flags.files.check());
   CA_ASSIGN_OR_RETURN(const SourceFiles sources, SourceFiles::load(flags.questions));
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, flags.generate.load(flags.model_directory));
   return Comparison(flags, plan, sources, model).run();
 }
 

@@ -43,7 +43,7 @@ Status eval_perplexity(const PerplexityFlags& flags) {
   }
   CA_RETURN_IF_ERROR(flags.report.check());
   CA_ASSIGN_OR_RETURN(const std::string text, read_text_file(flags.text_file));
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, flags.generate.load(flags.model_directory));
   std::vector<std::vector<std::vector<std::int32_t>>> windows;  // [length][window][token]
   for (const std::int32_t length : flags.lengths) {
     CA_ASSIGN_OR_RETURN(std::vector<std::vector<std::int32_t>> of_length,

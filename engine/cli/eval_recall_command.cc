@@ -74,7 +74,7 @@ Status eval_recall(const RecallFlags& flags) {
   CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve());
   CA_ASSIGN_OR_RETURN(const std::vector<RecallSelector> selectors, make_selectors(flags, shared));
   CA_RETURN_IF_ERROR(flags.report.check());
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, shared.backend));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, flags.generate.load(flags.model_directory));
   CA_ASSIGN_OR_RETURN(const Prompts prompts,
                       flags.prompt_files.empty() ? generate_prompts(flags, model) : read_prompts(flags, model));
   EvalConfiguration configuration;

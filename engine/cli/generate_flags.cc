@@ -161,13 +161,18 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
   CA_ASSIGN_OR_RETURN(chosen.budget, parse_budget(budget));
   // An unknown selector should fail before a model is loaded.
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
-  CA_RETURN_IF_ERROR(check_backend_options(resolved.backend, resolved.sparsity, resolved.kv_dtype));
+  CA_RETURN_IF_ERROR(check_backend_options(resolved.backend, resolved.kv_dtype));
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto sampler_check, Sampler::create(resolved.sampling));
   if (resolved.chunk_tokens < 1) {
     return invalid_argument(
         fmt::format("--chunk is {}\n  allowed: 1 token or more; 1024 is usual", resolved.chunk_tokens));
   }
   return resolved;
+}
+
+Result<LoadedModel> GenerateFlags::load(const std::filesystem::path& directory) const {
+  CA_ASSIGN_OR_RETURN(const Backend where, resolve_backend(backend));
+  return load_model(directory, chat, where);
 }
 
 }  // namespace compact::engine

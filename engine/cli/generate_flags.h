@@ -3,10 +3,11 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 
 #include "compact/status.h"
-#include "engine/scheduler/generate.h"
+#include "engine/scheduler/answer.h"
 
 namespace compact::engine {
 
@@ -36,6 +37,9 @@ struct GenerateFlags {
   /// Checks what CLI11 cannot and returns the options. Errors: kInvalidArgument with the flag, the value seen and what
   /// is allowed; kUnsupported for a backend that this machine lacks, or an option that the backend lacks.
   [[nodiscard]] Result<GenerateOptions> resolve() const;
+
+  /// The model of a directory on the backend asked for. Errors: those of resolve_backend and load_model.
+  [[nodiscard]] Result<LoadedModel> load(const std::filesystem::path& directory) const;
 };
 
 }  // namespace compact::engine

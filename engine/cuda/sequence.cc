@@ -22,7 +22,7 @@ UnionOptions dense_union(std::int32_t group) {
 }  // namespace
 
 Result<std::unique_ptr<Sequence>> CudaSequence::create(const CudaTransformer& model, const SequenceOptions& options) {
-  CA_RETURN_IF_ERROR(check_backend_options(Backend::kCuda, options.sparsity, options.kv_dtype));
+  CA_RETURN_IF_ERROR(check_backend_options(Backend::kCuda, options.kv_dtype));
   if (options.num_pages < 1 || options.max_chunk_tokens < 1) {
     return invalid_argument(fmt::format("a cache of {} pages and chunks of {} tokens\n  allowed: 1 or more of both",
                                         options.num_pages, options.max_chunk_tokens));
@@ -33,6 +33,15 @@ Result<std::unique_ptr<Sequence>> CudaSequence::create(const CudaTransformer& mo
   return std::unique_ptr<Sequence>(std::move(sequence));
 }
 
+// A buffer of at least `bytes`; what it held is lost if it has to grow.
+Status CudaSequence::grow(DeviceBuffer& buffer, std::int64_t bytes, std::string_view what) {
+  if (buffer.bytes() >= bytes) return {};
+  CA_RETURN_IF_ERROR(stream_.synchronize(what));
+  buffer = DeviceBuffer();
+  CA_ASSIGN_OR_RETURN(buffer, DeviceBuffer::create(bytes, what));
+  return {};
+}
+
 // Everything that a chunk can need, from the longest chunk on the longest context: forward allocates only logits.
 Status CudaSequence::allocate() {
   const ModelConfig& c = *config_;
@@ -41,7 +50,12 @@ Status CudaSequence::allocate() {
   const std::int64_t page_elements = std::int64_t{c.num_key_value_heads} * o.page_tokens * c.head_dim;
   const std::int64_t q_width = std::int64_t{c.num_attention_heads} * c.head_dim;
   const std::int64_t kv_width = std::int64_t{c.num_key_value_heads} * c.head_dim;
-  const bool keeps_means = o.sparsity.selector.name == "mean-key";
+  if (!selects_on_gpu(o.sparsity)) {
+    CA_ASSIGN_OR_RETURN(host_selector_, make_selector(o.sparsity.selector));
+    CA_ASSIGN_OR_RETURN(mirror_, HostMirror::create(c, o, either(host_selector_->needs().summaries, o.extra)));
+    mirrors_ = true;
+  }
+  const bool keeps_means = o.sparsity.selector.name == "mean-key" && !mirrors_;
   const auto take = [](DeviceBuffer& buffer, std::int64_t bytes, std::string_view what) -> Status {
     CA_ASSIGN_OR_RETURN(buffer, DeviceBuffer::create(bytes, what));
     return {};
@@ -82,10 +96,8 @@ Status CudaSequence::allocate() {
   CA_RETURN_IF_ERROR(take(gemm_workspace_, Gemm::kWorkspaceBytes, "the products' workspace"));
   std::int64_t attention_bytes = 0;
   for (const CudaStepSizes& sizes : {sparse, dense}) {
-    Chunk chunk;
-    chunk.rows = o.max_chunk_tokens;
-    chunk.sizes = sizes;
-    CA_ASSIGN_OR_RETURN(const std::int64_t bytes, attend_cuda_workspace_bytes(attention_input(chunk, 0), {}));
+    CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
+                        attend_cuda_workspace_bytes(attention_input(o.max_chunk_tokens, 0, device_lists(sizes)), {}));
     attention_bytes = std::max(attention_bytes, bytes);
   }
   CA_RETURN_IF_ERROR(take(attention_workspace_, attention_bytes, "the attention's workspace"));
@@ -145,19 +157,26 @@ PagedKvView CudaSequence::layer_view(std::int32_t layer) const noexcept {
           .token_stride = c.head_dim};
 }
 
-CudaAttentionInput CudaSequence::attention_input(const Chunk& chunk, std::int32_t layer) const noexcept {
+Bf16Bits* CudaSequence::layer_means(std::int32_t layer) const noexcept {
+  if (mean_k_.bytes() == 0) return nullptr;
+  return mean_k_.as<Bf16Bits>() +
+         std::int64_t{layer} * options_.num_pages * config_->num_key_value_heads * config_->head_dim;
+}
+
+CudaAttentionInput CudaSequence::attention_input(std::int32_t rows, std::int32_t layer,
+                                                 const Lists& lists) const noexcept {
   const ModelConfig& c = *config_;
   return {.q = qkv_.data(),
           .q_token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim,
           .q_head_stride = c.head_dim,
-          .num_q_tokens = chunk.rows,
+          .num_q_tokens = rows,
           .num_q_heads = c.num_attention_heads,
           .kv = layer_view(layer),
           .units = units_.as<AttentionUnit>(),
-          .num_units = num_units_.as<std::int32_t>(),
+          .num_units = lists.num_units,
           .page_ids = page_ids_.as<std::int32_t>(),
-          .max_units = chunk.sizes.max_units,
-          .heads_per_unit = chunk.sizes.heads_per_unit,
+          .max_units = lists.max_units,
+          .heads_per_unit = lists.heads_per_unit,
           .softmax_scale = softmax_scale(c)};
 }
 
@@ -207,6 +226,9 @@ Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::int32
   CA_ASSIGN_OR_RETURN(chunk.sizes, step_cuda_sizes(chunk.step));
   CA_RETURN_IF_ERROR(log_.begin_chunk(stream_));
   if (options_.sparsity.selector.name == "random") CA_RETURN_IF_ERROR(random_masks_.begin_chunk());
+  if (mirrors_ && chunk.reason != DenseReason::kRequested) {
+    CA_RETURN_IF_ERROR(mirror_.begin_chunk(chunk.start, chunk.rows));
+  }
 
   // Copied by the driver before the call returns, so the host's memory is free again.
   std::vector<std::int32_t> input(sizeof(CudaChunk) / 4 + tokens.size());
@@ -259,9 +281,6 @@ Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& 
   auto* const k = q + std::int64_t{c.num_attention_heads} * c.head_dim;
   auto* const v = k + std::int64_t{c.num_key_value_heads} * c.head_dim;
   const std::int64_t token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim;
-  auto* const means = mean_k_.bytes() == 0
-                          ? nullptr
-                          : mean_k_.as<Bf16Bits>() + std::int64_t{layer} * mean_k_.bytes() / 2 / c.num_hidden_layers;
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
   const CudaAppendInput append{.q = q,
                                .q_token_stride = token_stride,
@@ -276,68 +295,119 @@ Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& 
                                .q_norm = block.q_norm,
                                .k_norm = block.k_norm,
                                .norm_eps = static_cast<float>(c.rms_norm_eps)};
-  CA_RETURN_IF_ERROR(append_cuda(chunk.step, append, kv, means, mean_tokens_.as<std::int32_t>(), stream_.get()));
-  CA_RETURN_IF_ERROR(choose_pages(chunk, layer, pool));
+  CA_RETURN_IF_ERROR(
+      append_cuda(chunk.step, append, kv, layer_means(layer), mean_tokens_.as<std::int32_t>(), stream_.get()));
+  if (mirrors_ && chunk.reason != DenseReason::kRequested) {
+    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, q, token_stride, kv, stream_, pool));
+    if (observer_) {
+      CA_RETURN_IF_ERROR(observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(c), pool}));
+    }
+  }
+  CA_ASSIGN_OR_RETURN(const Lists lists, choose_pages(chunk, layer, pool));
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAttend, stream_.get()));
   const CudaAttentionOutput output{.o = attended_.data(),
                                    .o_token_stride = std::int64_t{c.num_attention_heads} * c.head_dim,
                                    .o_head_stride = c.head_dim,
                                    .error = errors_.as<std::int32_t>() + 1};
-  CA_RETURN_IF_ERROR(attend_cuda(attention_input(chunk, layer), output, {}, attention_workspace_.data(),
+  CA_RETURN_IF_ERROR(attend_cuda(attention_input(chunk.rows, layer, lists), output, {}, attention_workspace_.data(),
                                  attention_workspace_.bytes(), stream_.get()));
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kEnd, stream_.get()));
-  return options_.sparsity.trace_pages ? trace(layer) : Status();
+  return options_.sparsity.trace_pages ? trace(layer, lists) : Status();
 }
 
-Status CudaSequence::choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
-  const auto unite = [&](const DeviceBuffer& mask, UnionStats* stats) {
-    const CudaPageLists lists{units_.as<AttentionUnit>(), num_units_.as<std::int32_t>(), page_ids_.as<std::int32_t>(),
-                              stats};
-    return build_page_lists_cuda(chunk.step, mask.as<std::uint64_t>(), lists, step_workspace_.data(),
-                                 step_workspace_.bytes(), stream_.get());
-  };
+Status CudaSequence::unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats) {
+  const CudaPageLists lists{units_.as<AttentionUnit>(), num_units_.as<std::int32_t>(), page_ids_.as<std::int32_t>(),
+                            stats};
+  return build_page_lists_cuda(chunk.step, mask.as<std::uint64_t>(), lists, step_workspace_.data(),
+                               step_workspace_.bytes(), stream_.get());
+}
+
+Result<CudaSequence::Lists> CudaSequence::choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
   if (chunk.reason != DenseReason::kNone) {
     if (layer == 0) {
       CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
-      CA_RETURN_IF_ERROR(unite(all_pages_, dense_stats_.as<UnionStats>()));
+      CA_RETURN_IF_ERROR(unite(chunk, all_pages_, dense_stats_.as<UnionStats>()));
     }
     const std::int64_t row_pages =
         std::int64_t{chunk.rows} * config_->num_attention_heads * (chunk.start / options_.page_tokens);
     const UnionStats all{row_pages, row_pages, row_pages};
     log_.count(layer, chunk.reason, &all);
-    return {};
+    return device_lists(chunk.sizes);
   }
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kSelect, stream_.get()));
+  if (host_selector_ != nullptr) return choose_on_host(chunk, layer, pool);
   const SelectorOptions& selector = options_.sparsity.selector;
   if (selector.name == "random") {
     CA_RETURN_IF_ERROR(random_masks_.upload(layer, chunk.start, chunk.step, chunk.sizes, mask_.as<std::uint64_t>(),
                                             pool, stream_.get()));
   } else {
-    const CudaAttentionInput rows = attention_input(chunk, layer);
-    const CudaMeanKeyInput select{
-        .q = rows.q,
-        .q_token_stride = rows.q_token_stride,
-        .q_head_stride = rows.q_head_stride,
-        .mean_k = mean_k_.as<Bf16Bits>() + std::int64_t{layer} * mean_k_.bytes() / 2 / config_->num_hidden_layers,
-        .head_dim = config_->head_dim,
-        .softmax_scale = rows.softmax_scale,
-        .options = selector.mean_key};
+    const CudaAttentionInput rows = attention_input(chunk.rows, layer, {});
+    const CudaMeanKeyInput select{.q = rows.q,
+                                  .q_token_stride = rows.q_token_stride,
+                                  .q_head_stride = rows.q_head_stride,
+                                  .mean_k = layer_means(layer),
+                                  .head_dim = config_->head_dim,
+                                  .softmax_scale = rows.softmax_scale,
+                                  .options = selector.mean_key};
     CA_RETURN_IF_ERROR(select_mean_key_cuda(chunk.step, select, mask_.as<std::uint64_t>(), log_.nonfinite_rows(layer),
                                             step_workspace_.data(), step_workspace_.bytes(), stream_.get()));
   }
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
   log_.count(layer, DenseReason::kNone, nullptr);
-  return unite(mask_, log_.stats(layer));
+  CA_RETURN_IF_ERROR(unite(chunk, mask_, log_.stats(layer)));
+  return device_lists(chunk.sizes);
+}
+
+// Selection and union by the CPU backend, on the copy of the cache; only the lists go back.
+Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const PagedKvCache& cache = mirror_.cache();
+  const std::span<const ChunkView> chunks(&mirror_.chunk(), 1);
+  const SelectInput input{chunks,
+                          mirror_.q(),
+                          cache.summaries(layer),
+                          options_.page_tokens,
+                          softmax_scale(*config_),
+                          cache.layer(layer),
+                          layer,
+                          options_.sparsity.forced};
+  CA_RETURN_IF_ERROR(host_selector_->select(input, host_mask_, pool));
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
+  UnionInput union_input;
+  union_input.chunks = chunks;
+  union_input.num_q_heads = config_->num_attention_heads;
+  union_input.num_kv_heads = config_->num_key_value_heads;
+  union_input.page_tokens = options_.page_tokens;
+  union_input.num_physical_pages = options_.num_pages;
+  union_input.forced = options_.sparsity.forced;
+  union_input.options = options_.sparsity.unite;
+  CA_RETURN_IF_ERROR(build_page_lists(union_input, host_mask_, host_lists_, pool));
+  LayerReport& report = log_.report(layer);
+  report.selected_on_host = true;
+  report.nonfinite_rows += host_mask_.nonfinite_rows;
+  log_.count(layer, chunk.reason, &host_lists_.chunk_stats.front());
+
+  Lists lists;
+  lists.max_units = static_cast<std::int32_t>(host_lists_.units.size());
+  lists.heads_per_unit = host_lists_.heads_per_unit;
+  const auto upload = [this](DeviceBuffer& buffer, const void* from, std::size_t bytes) -> Status {
+    CA_RETURN_IF_ERROR(grow(buffer, static_cast<std::int64_t>(bytes), "page lists"));
+    return cuda_status(cudaMemcpyAsync(buffer.data(), from, bytes, cudaMemcpyHostToDevice, stream_.get()),
+                       "page lists");
+  };
+  CA_RETURN_IF_ERROR(upload(units_, host_lists_.units.data(), host_lists_.units.size() * sizeof(AttentionUnit)));
+  CA_RETURN_IF_ERROR(
+      upload(page_ids_, host_lists_.page_ids.data(), host_lists_.page_ids.size() * sizeof(std::int32_t)));
+  CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
+                      attend_cuda_workspace_bytes(attention_input(chunk.rows, layer, lists), {}));
+  CA_RETURN_IF_ERROR(grow(attention_workspace_, bytes, "the attention's workspace"));
+  return lists;
 }
 
 Status CudaSequence::read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits) {
   const ModelConfig& c = *config_;
   const std::int32_t rows = chunk.rows - first_row;
   const std::int64_t bytes = std::int64_t{rows} * c.vocab_size * 4;
-  if (logits_.bytes() < bytes) {
-    logits_ = DeviceBuffer();
-    CA_ASSIGN_OR_RETURN(logits_, DeviceBuffer::create(bytes, "logits"));
-  }
+  CA_RETURN_IF_ERROR(grow(logits_, bytes, "logits"));
   CA_RETURN_IF_ERROR(cuda_status(launch_rms_norm(residual_.as<Bf16Bits>() + std::int64_t{first_row} * c.hidden_size,
                                                  model_->weights().final_norm(), static_cast<float>(c.rms_norm_eps),
                                                  rows, c.hidden_size, normed_.as<Bf16Bits>(), stream_.get()),
@@ -368,13 +438,13 @@ Status CudaSequence::check_device_errors() {
 }
 
 // Physical pages are logical pages here.
-Status CudaSequence::trace(std::int32_t layer) {
+Status CudaSequence::trace(std::int32_t layer, const Lists& lists) {
   CA_RETURN_IF_ERROR(stream_.synchronize("the page lists"));
   const auto read = [](void* to, const void* from, std::size_t bytes) {
     return cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "the page lists");
   };
-  std::int32_t num_units = 0;
-  CA_RETURN_IF_ERROR(read(&num_units, num_units_.data(), sizeof(num_units)));
+  std::int32_t num_units = lists.max_units;
+  if (lists.num_units != nullptr) CA_RETURN_IF_ERROR(read(&num_units, lists.num_units, sizeof(num_units)));
   std::vector<AttentionUnit> units(static_cast<std::size_t>(num_units));
   CA_RETURN_IF_ERROR(read(units.data(), units_.data(), units.size() * sizeof(AttentionUnit)));
   std::vector<std::vector<std::int32_t>> pages(static_cast<std::size_t>(config_->num_key_value_heads));
@@ -401,8 +471,13 @@ Result<std::vector<LayerReport>> CudaSequence::take_reports() {
   return reports;
 }
 
-Status CudaSequence::observe(AttentionObserver) {
-  return unsupported("measurements inside the layers need keys on the host\n  allowed: --backend cpu");
+Status CudaSequence::observe(AttentionObserver observer) {
+  if (!mirrors_) {
+    CA_ASSIGN_OR_RETURN(mirror_, HostMirror::create(*config_, options_, options_.extra));
+    mirrors_ = true;
+  }
+  observer_ = std::move(observer);
+  return {};
 }
 
 }  // namespace compact::engine

@@ -1,17 +1,20 @@
 /// A request on one GPU: cache, activations and the forward pass of its chunks, queued on a stream of its own.
 ///
 /// A chunk is queued without waiting for the device: append -> [select -> lists] -> attend per layer, between products
-/// and norms. The host waits where it reads: for logits, for reports, and while pages are traced for a picture.
+/// and norms. The host waits where it reads: for logits, for reports, while pages are traced for a picture, and in
+/// every layer if a selector runs on the CPU or somebody observes (host_mirror.h).
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "compact/append_cuda.h"
 #include "compact/attention_cuda.h"
 #include "compact/step_cuda.h"
 #include "engine/cuda/device.h"
+#include "engine/cuda/host_mirror.h"
 #include "engine/cuda/layer_log.h"
 #include "engine/cuda/random_masks.h"
 #include "engine/cuda/transformer.h"
@@ -41,20 +44,35 @@ class CudaSequence final : public Sequence {
     CudaStepSizes sizes;
   };
 
+  /// The page lists of a layer, in units_ and page_ids_.
+  struct Lists {
+    std::int32_t max_units = 0;
+    std::int32_t heads_per_unit = 1;
+    const std::int32_t* num_units = nullptr;  // on the device, or null: max_units
+  };
+
   CudaSequence(const CudaTransformer& model, const SequenceOptions& options, Stream stream)
       : model_(&model), config_(&model.config()), options_(options), stream_(std::move(stream)) {}
 
   [[nodiscard]] Status allocate();
+  [[nodiscard]] Status grow(DeviceBuffer& buffer, std::int64_t bytes, std::string_view what);
   [[nodiscard]] CudaStepInput step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const;
   [[nodiscard]] PagedKvView layer_view(std::int32_t layer) const noexcept;
-  [[nodiscard]] CudaAttentionInput attention_input(const Chunk& chunk, std::int32_t layer) const noexcept;
+  [[nodiscard]] Bf16Bits* layer_means(std::int32_t layer) const noexcept;  // null: none are kept
+  [[nodiscard]] CudaAttentionInput attention_input(std::int32_t rows, std::int32_t layer,
+                                                   const Lists& lists) const noexcept;
+  [[nodiscard]] Lists device_lists(const CudaStepSizes& sizes) const noexcept {
+    return {sizes.max_units, sizes.heads_per_unit, num_units_.as<std::int32_t>()};
+  }
 
   [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::int32_t> tokens, bool dense);
   [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
-  [[nodiscard]] Status choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Result<Lists> choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats);
+  [[nodiscard]] Result<Lists> choose_on_host(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits);
-  [[nodiscard]] Status trace(std::int32_t layer);
+  [[nodiscard]] Status trace(std::int32_t layer, const Lists& lists);
   [[nodiscard]] Status check_device_errors();
   [[nodiscard]] Status product(const Bf16Bits* w, const DeviceBuffer& x, const DeviceBuffer& y, std::int32_t out,
                                std::int32_t in, std::int32_t rows, Gemm::Output output);
@@ -66,6 +84,12 @@ class CudaSequence final : public Sequence {
   std::int32_t length_ = 0;  // tokens in the cache
   LayerLog log_;
   RandomMasks random_masks_;
+  std::unique_ptr<Selector> host_selector_;  // null: the GPU selects
+  HostMirror mirror_;
+  bool mirrors_ = false;  // a host selector or an observer needs it
+  AttentionObserver observer_;
+  BlockMask host_mask_;  // reused from layer to layer
+  PageLists host_lists_;
 
   // The cache: logical page j of the one request is physical page j.
   DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]

@@ -20,29 +20,20 @@ Result<Backend> resolve_backend(std::string_view name) {
                                  device.ok() ? device->gemm_library : device.status().message()));
 }
 
-Status check_backend_options(Backend backend, const SparsityOptions& options, DType kv_dtype) {
-  if (backend == Backend::kCpu) return {};
-  const auto missing = [](const std::string& seen, const char* allowed) {
-    return unsupported(
-        fmt::format("{} is not on the cuda backend yet\n  allowed: {}; or --backend cpu", seen, allowed));
-  };
-  if (kv_dtype != DType::kBF16) {
-    return missing(fmt::format("--kv-dtype {}", dtype_name(kv_dtype)), "--kv-dtype bf16");
-  }
-  const std::string& name = options.selector.name;
-  if (name != "dense" && name != "mean-key" && name != "random") {
-    return missing(fmt::format("--selector {}", name), "dense, mean-key, random");
-  }
-  const MeanKeyOptions& rule = options.selector.mean_key;
+Status check_backend_options(Backend backend, DType kv_dtype) {
+  if (backend == Backend::kCpu || kv_dtype == DType::kBF16) return {};
+  return unsupported(fmt::format("--kv-dtype {} is not on the cuda backend yet\n  allowed: bf16; or --backend cpu",
+                                 dtype_name(kv_dtype)));
+}
+
+bool selects_on_gpu(const SparsityOptions& options) {
+  const SelectorOptions& selector = options.selector;
+  if (selector.name == "dense" || selector.name == "random") return true;
+  const MeanKeyOptions& rule = selector.mean_key;
   const MeanKeyOptions known;
-  if (name == "mean-key" && (rule.alpha >= 0 || rule.tile != known.tile || rule.visible != known.visible ||
-                             rule.norm != known.norm || rule.vote != known.vote)) {
-    return missing("this rule of mean-key", "--preset mean-key with --share and --lift, --vote max");
-  }
-  if (name == "mean-key" && options.selector.budget.kind != BudgetKind::kNative) {
-    return missing("--budget with mean-key", "--budget native");
-  }
-  return {};
+  return selector.name == "mean-key" && selector.budget.kind == BudgetKind::kNative && selector.budget.min_pages == 0 &&
+         selector.budget.max_pages == 0 && selector.thresholds.empty() && rule.alpha < 0 && rule.tile == known.tile &&
+         rule.visible == known.visible && rule.norm == known.norm && rule.vote == known.vote;
 }
 
 }  // namespace compact::engine

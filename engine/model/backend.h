@@ -19,7 +19,11 @@ enum class Backend : std::int32_t {
 /// Errors: kInvalidArgument for another name; with "cuda" why it cannot be used.
 [[nodiscard]] Result<Backend> resolve_backend(std::string_view name);
 
-/// Whether a backend has all that the options ask for. Errors: kUnsupported with the option, and what is allowed.
-[[nodiscard]] Status check_backend_options(Backend backend, const SparsityOptions& options, DType kv_dtype);
+/// Whether a backend can store K and V so. Errors: kUnsupported with the value seen and what is allowed.
+[[nodiscard]] Status check_backend_options(Backend backend, DType kv_dtype);
+
+/// Whether the cuda backend has this selector and rule itself. The others run on the CPU, on a copy of the cache: every
+/// layer waits for it, and the report says so (LayerReport::selected_on_host).
+[[nodiscard]] bool selects_on_gpu(const SparsityOptions& options);
 
 }  // namespace compact::engine

@@ -35,6 +35,7 @@ struct LayerReport {
   UnionStats stats;
   std::array<std::int64_t, kNumDenseReasons> chunks_by_reason{};  // [DenseReason]
   std::int64_t nonfinite_rows = 0;
+  bool selected_on_host = false;  // a backend that is not the CPU had the CPU select
   /// [chunk][KV head] logical pages read, ascending; filled with trace_pages only.
   std::vector<std::vector<std::vector<std::int32_t>>> traced_pages;
 

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "compact/attention.h"
@@ -12,6 +13,13 @@ namespace {
 // "dense" names the execution when no list was ever wanted; otherwise the way lists are united.
 const char* mode_name(const GenerateOptions& options) {
   return options.sparsity.selector.name == "dense" ? "dense" : union_mode_name(options.sparsity.unite.mode);
+}
+
+// Which processor chose pages.
+const char* select_on(const GenerateResult& result) {
+  const bool on_host = std::any_of(result.layers.begin(), result.layers.end(),
+                                   [](const LayerReport& layer) { return layer.selected_on_host; });
+  return backend_name(on_host ? Backend::kCpu : result.backend);
 }
 
 nlohmann::json dense_decisions(const LayerReport& layer) {
@@ -57,6 +65,7 @@ nlohmann::json run_json(const Answer& answer, const GenerateOptions& options) {
       {"density", totals.stats.density()},
       {"union_inflation", totals.stats.union_inflation()},
       {"selector", options.sparsity.selector.name},
+      {"select_on", select_on(result)},
       {"mode", mode_name(options)},
       {"backend", backend_name(result.backend)},
       {"processor", result.processor},
@@ -93,14 +102,14 @@ std::string run_table(const Answer& answer, const GenerateOptions& options) {
   const GenerateResult& result = answer.result;
   const RunTotals totals = sum_layers(result);
   std::string text = fmt::format(
-      "prompt {} tokens in {} chunks of {}; selector {}, mode {}, backend {} ({})\n"
+      "prompt {} tokens in {} chunks of {}; selector {} (on {}), mode {}, backend {} ({})\n"
       "TTFT {:.2f} s, of it attention {:.2f} s (select {:.2f}, unite {:.3f}, attend {:.2f}); decode {:.2f} s\n"
       "density {:.3f}, union inflation {:.2f}; KV cache {:.1f} MB, page means {:.2f} MB\n",
       with_thousands(result.prompt_tokens), result.prefill_chunks, options.chunk_tokens, options.sparsity.selector.name,
-      mode_name(options), backend_name(result.backend), result.processor, answer.ttft_seconds, totals.attention_seconds,
-      totals.select_seconds, totals.unite_seconds, totals.attend_seconds, result.decode_seconds, totals.stats.density(),
-      totals.stats.union_inflation(), static_cast<double>(result.kv_bytes) / 1e6,
-      static_cast<double>(result.summary_bytes) / 1e6);
+      select_on(result), mode_name(options), backend_name(result.backend), result.processor, answer.ttft_seconds,
+      totals.attention_seconds, totals.select_seconds, totals.unite_seconds, totals.attend_seconds,
+      result.decode_seconds, totals.stats.density(), totals.stats.union_inflation(),
+      static_cast<double>(result.kv_bytes) / 1e6, static_cast<double>(result.summary_bytes) / 1e6);
   text += "layer  density  inflation  attention s  chunks\n";
   for (std::size_t i = 0; i < result.layers.size(); ++i) {
     const LayerReport& layer = result.layers[i];

@@ -14,15 +14,11 @@
 
 namespace compact::engine {
 
-namespace {
-
 Result<std::unique_ptr<Model>> load_transformer(const std::filesystem::path& directory, Backend backend) {
   if (backend == Backend::kCuda) return load_cuda_model(directory);
   CA_ASSIGN_OR_RETURN(Transformer transformer, Transformer::load(directory));
   return std::unique_ptr<Model>(std::make_unique<Transformer>(std::move(transformer)));
 }
-
-}  // namespace
 
 Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat, Backend backend) {
   std::error_code error;

@@ -26,11 +26,14 @@ struct LoadedModel {
   std::vector<std::int32_t> end_tokens;  // of the model's configuration and of the chat format
 };
 
+/// Weights alone. Errors: those of the backend's loader.
+[[nodiscard]] Result<std::unique_ptr<Model>> load_transformer(const std::filesystem::path& directory, Backend backend);
+
 /// chat: "auto" (what the checkpoint's template says) or a format name.
 /// Errors: kIoError for a directory without a checkpoint; those of the loaders; kInvalidArgument if the tokenizer has
 /// tokens that the embedding has no row for.
 [[nodiscard]] Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat,
-                                             Backend backend = Backend::kCpu);
+                                             Backend backend);
 
 /// The prompt's ids in the model's chat format.
 [[nodiscard]] Result<std::vector<std::int32_t>> encode_prompt(const LoadedModel& model, std::string_view prompt);

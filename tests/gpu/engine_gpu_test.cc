@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "engine/cli/demo_prompt.h"
+#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
 #include "engine/loader/safetensors.h"
 #include "engine/model/transformer.h"
-#include "engine/scheduler/generate.h"
+#include "engine/scheduler/answer.h"
 
 namespace compact::engine {
 namespace {
@@ -160,29 +162,36 @@ TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
   }
 }
 
-// Prefill and decode give the tokens of the CPU backend, dense and by mean-key, and similar lists.
-TEST(EngineGpu, GreedyAnswersEqualTheCpus) {
-  const auto gpu = load("assets/demo");
-  const auto cpu = Transformer::load("assets/demo");
-  ASSERT_TRUE(gpu != nullptr && cpu.ok());
-  const Golden golden = read_golden("tests/golden/demo_logits.safetensors");
-  std::vector<std::int32_t> prompt;
-  for (int i = 0; i < 4; ++i) prompt.insert(prompt.end(), golden.tokens.begin(), golden.tokens.end());
+// Prefill and decode give the CPU's answer about a long text, from similar lists; `sub-mean` and budgets select on the
+// CPU for both.
+TEST(EngineGpu, AnswersEqualTheCpus) {
+  const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
+  const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
+  ASSERT_TRUE(gpu.ok()) << gpu.status().message();
+  ASSERT_TRUE(cpu.ok()) << cpu.status().message();
+  const auto text = read_text_file("assets/demo/haystack.txt");
+  ASSERT_TRUE(text.ok()) << text.status().message();
+  const auto prompt = make_haystack_prompt(*text, 12000, 42, cpu->tokenizer);
+  ASSERT_TRUE(prompt.ok()) << prompt.status().message();
   ThreadPool pool;
-  for (const char* selector : {"dense", "mean-key"}) {
+  for (const std::string selector : {"dense", "mean-key", "sub-mean", "mean-key by density"}) {
     GenerateOptions options;
-    options.max_tokens = 8;
+    options.max_tokens = 12;
     options.kv_dtype = DType::kBF16;
-    options.sparsity.selector.name = selector;
-    const auto on_gpu = generate(*gpu, prompt, options, {}, pool);
-    const auto on_cpu = generate(*cpu, prompt, options, {}, pool);
+    const bool by_density = selector == "mean-key by density";
+    options.sparsity.selector.name = by_density ? "mean-key" : selector;
+    if (by_density) options.sparsity.selector.budget = {.kind = BudgetKind::kDensity, .value = 0.2F};
+    const auto on_gpu = answer_prompt(*gpu, prompt->text, options, {}, pool);
+    const auto on_cpu = answer_prompt(*cpu, prompt->text, options, {}, pool);
     ASSERT_TRUE(on_gpu.ok()) << on_gpu.status().message();
     ASSERT_TRUE(on_cpu.ok()) << on_cpu.status().message();
-    EXPECT_EQ(on_gpu->tokens, on_cpu->tokens) << selector;
-    for (std::size_t layer = 0; layer < on_gpu->layers.size(); ++layer) {
-      const UnionStats& a = on_gpu->layers[layer].stats;
-      const UnionStats& b = on_cpu->layers[layer].stats;
+    EXPECT_EQ(on_gpu->result.tokens, on_cpu->result.tokens) << selector;
+    EXPECT_NE(on_gpu->text.find(prompt->expected), std::string::npos) << selector << ": " << on_gpu->text;
+    for (std::size_t layer = 0; layer < on_gpu->result.layers.size(); ++layer) {
+      const UnionStats& a = on_gpu->result.layers[layer].stats;
+      const UnionStats& b = on_cpu->result.layers[layer].stats;
       EXPECT_EQ(a.visible_row_pages, b.visible_row_pages);
+      EXPECT_EQ(on_gpu->result.layers[layer].selected_on_host, by_density || selector == "sub-mean");
       EXPECT_NEAR(static_cast<double>(a.wanted_row_pages), static_cast<double>(b.wanted_row_pages),
                   0.05 * static_cast<double>(b.wanted_row_pages))
           << selector << " layer " << layer;
@@ -195,10 +204,6 @@ TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
   ASSERT_NE(model, nullptr);
   SequenceOptions options = options_for(300, 128);
   const auto start = [&] { return model->start(options).status(); };
-  options.sparsity.selector.name = "xattention";
-  EXPECT_EQ(start().code(), StatusCode::kUnsupported);
-  EXPECT_NE(start().message().find("allowed: dense, mean-key, random"), std::string::npos) << start().message();
-  options.sparsity.selector.name = "dense";
   options.kv_dtype = DType::kF32;
   EXPECT_EQ(start().code(), StatusCode::kUnsupported);
   options.kv_dtype = DType::kBF16;
@@ -220,7 +225,51 @@ TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
   EXPECT_EQ(forward(std::vector<std::int32_t>(29, 5)).code(), StatusCode::kOutOfMemory);
   EXPECT_TRUE(forward(std::vector<std::int32_t>(28, 5)).ok());
   EXPECT_EQ(logits.size(), 96U);
-  EXPECT_EQ((*sequence)->observe({}).code(), StatusCode::kUnsupported);
+}
+
+// An observer sees the queries and the cache that the CPU backend shows it, to the rounding of bf16.
+TEST(EngineGpu, ObserversSeeWhatTheCpuShows) {
+  const auto gpu = load("tests/golden/qwen3_d128");
+  const auto cpu = Transformer::load("tests/golden/qwen3_d128");
+  ASSERT_TRUE(gpu != nullptr && cpu.ok());
+  const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
+  SequenceOptions options = options_for(golden.tokens.size(), 70, 16);
+  options.extra.mean_k = true;
+  std::vector<std::vector<float>> seen;  // of the first layer, [model]: queries and means of complete pages
+  for (const Model* model : {static_cast<const Model*>(gpu.get()), static_cast<const Model*>(&*cpu)}) {
+    auto sequence = model->start(options);
+    ASSERT_TRUE(sequence.ok()) << sequence.status().message();
+    std::vector<float>& values = seen.emplace_back();
+    const auto observer = [&](const AttentionStep& step) -> Status {
+      if (step.layer != 0) return {};
+      for (std::int32_t t = 0; t < step.q.tokens; ++t) {
+        for (std::int32_t h = 0; h < step.q.heads; ++h) {
+          values.insert(values.end(), step.q.row(t, h), step.q.row(t, h) + step.q.head_dim);
+        }
+      }
+      const PageSummaryView summaries = step.cache.summaries(0);
+      for (std::int32_t j = 0; j < step.chunk.num_past_pages(16); ++j) {
+        const float* mean = summaries.mean(step.chunk.page_table[j], 1);
+        values.insert(values.end(), mean, mean + summaries.head_dim);
+      }
+      return {};
+    };
+    ASSERT_TRUE((*sequence)->observe(observer).ok());
+    ThreadPool pool(2);
+    std::vector<float> logits;
+    const std::span<const std::int32_t> tokens = golden.tokens;
+    for (std::size_t begin = 0; begin < tokens.size(); begin += 70) {
+      const Status status =
+          (*sequence)->forward(tokens.subspan(begin, std::min<std::size_t>(70, tokens.size() - begin)), false,
+                               LogitsOf::kNone, pool, logits);
+      ASSERT_TRUE(status.ok()) << status.message();
+    }
+  }
+  ASSERT_EQ(seen[0].size(), seen[1].size());
+  ASSERT_GT(seen[0].size(), 300U * 4 * 128);
+  for (std::size_t i = 0; i < seen[0].size(); ++i) {
+    ASSERT_NEAR(seen[0][i], seen[1][i], 0.03 + 0.03 * std::abs(seen[1][i])) << i;
+  }
 }
 
 // Same seed, same weights: speed figures are of one model.

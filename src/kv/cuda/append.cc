@@ -85,7 +85,7 @@ Status check_rows(const CudaStepInput& input, const CudaAppendInput& append, std
     CA_RETURN_IF_ERROR(check_stride("q_token_stride", append.q_token_stride, tokens, head_dim));
     CA_RETURN_IF_ERROR(check_stride("q_head_stride", append.q_head_stride, input.num_q_heads, head_dim));
   }
-  if (append.rope_table != nullptr) CA_RETURN_IF_ERROR(check_pointer("rope_table", append.rope_table, 8));
+  if (append.rope_table != nullptr) CA_RETURN_IF_ERROR(check_pointer("rope_table", append.rope_table, 16));
   if ((append.q_norm != nullptr || append.k_norm != nullptr) &&
       !(std::isfinite(append.norm_eps) && append.norm_eps >= 0)) {
     return wrong("norm_eps is {}; finite, 0 or more", append.norm_eps);
@@ -117,7 +117,7 @@ Status rope_table_cuda(const CudaStepInput& input, const float* inverse_frequenc
   if (head_dim < 2 || head_dim % 2 != 0) return wrong("head_dim is {}; even, at least 2", head_dim);
   if (input.num_q_tokens == 0) return {};
   CA_RETURN_IF_ERROR(check_pointer("inverse_frequencies", inverse_frequencies, alignof(float)));
-  CA_RETURN_IF_ERROR(check_pointer("table", table, 8));
+  CA_RETURN_IF_ERROR(check_pointer("table", table, 16));
   CA_ASSIGN_OR_RETURN(const bool pdl, dependent_launch());
   const RopeTableArgs args{.chunks = input.chunks,
                            .num_chunks = input.num_chunks,
@@ -137,7 +137,8 @@ Status append_cuda(const CudaStepInput& input, const CudaAppendInput& append, co
   CA_RETURN_IF_ERROR(check_pointer("page_tables", input.page_tables, alignof(std::int32_t)));
   if (mean_k != nullptr) CA_RETURN_IF_ERROR(check_pointer("mean_k", mean_k, 16));
   const std::int64_t pages = most_touched_pages(input);
-  const std::int64_t ctas = pages * kv.num_kv_heads + std::int64_t{input.num_q_tokens} * std::max(1, input.num_q_heads);
+  const std::int64_t ctas =
+      2 * pages * kv.num_kv_heads + std::int64_t{input.num_q_tokens} * std::max(1, input.num_q_heads);
   if (ctas > 0x7fffffff) {
     return wrong("{} tokens of {} heads are too many for one call", input.num_q_tokens, input.num_q_heads);
   }

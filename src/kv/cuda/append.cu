@@ -1,10 +1,17 @@
-// The append: a CTA per (touched page, KV head) writes K and V and the mean, further CTAs turn the queries.
+// The append. CTAs of three kinds in one launch, a CTA of the first two per (touched page, KV head):
 //
-// A warp owns a granule of w tokens of a page and one of K, V. For K a lane owns D/64 neighbouring dimensions of the
-// low half and those they rotate with, so that norm, rotation and granule sum need no shared memory: the sum of a
-// dimension is taken by one thread, token after token, as docs/design/method.md 2.2 wants it.
+//   keys     norm and rotation in registers, into the page; with means also into shared memory, where a thread then
+//   adds
+//            up a dimension of a granule token after token, as docs/design/method.md 2.2 wants it
+//   values   a copy
+//   queries  norm and rotation in place; a thread reads the angles of its row once for several heads
+//
+// A thread holds 8 neighbouring dimensions of a row's low half and the 8 that they rotate with: 16-byte accesses, D/16
+// threads to a row, and all rows of a CTA in flight at once.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <algorithm>
 
 #include "src/core/launch_kernel.h"
 #include "src/kv/cuda/launch.h"
@@ -16,100 +23,83 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr std::int32_t kWarp = 32;
-// Rows that a warp has in flight: as many as registers hold.
-template <int kDim>
-constexpr int kBatch = kDim == 256 ? 4 : 8;
-constexpr std::int32_t kHeadBatch = 4;  // query heads that a warp turns by one reading of the angles
+constexpr std::int32_t kThreads = 256;    // of a CTA at most
+constexpr std::int32_t kVector = 8;       // elements of a 16-byte access
+constexpr std::int32_t kPasses = 4;       // rows that a thread has in flight
+constexpr std::int32_t kMaxGranules = 8;  // P = 256
 
-// kN neighbouring 16-bit values, moved by one instruction.
-template <int kN>
-struct alignas(2 * kN) Values {
-  std::uint16_t bits[kN];
+template <int kDim>
+constexpr std::int32_t kRowThreads = kDim / (2 * kVector);
+
+struct alignas(16) Vector {
+  std::uint32_t pairs[kVector / 2];
 };
 
 template <ptx::MmaType kType>
-__device__ __forceinline__ float widen(std::uint16_t bits) {
-  if constexpr (kType == ptx::MmaType::kBf16) return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
-  return __half2float(__ushort_as_half(bits));
+__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair) {
+  if constexpr (kType == ptx::MmaType::kBf16) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
 }
 
-template <ptx::MmaType kType>
-__device__ __forceinline__ std::uint16_t narrow(float value) {
-  if constexpr (kType == ptx::MmaType::kBf16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-  return __half_as_ushort(__float2half_rn(value));
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-// A lane's part of one head of one row: dimensions [kN lane, kN lane + kN) and the same plus D/2.
+// A thread's part of one head of one row: dimensions [8 part, 8 part + 8) and the same plus D/2.
 template <int kDim>
 struct HeadPart {
-  static constexpr int kN = kDim / (2 * kWarp);
-  Values<kN> low, high;
+  Vector low, high;
 
-  __device__ __forceinline__ void load(const std::uint16_t* head, int lane) {
-    low = reinterpret_cast<const Values<kN>*>(head)[lane];
-    high = reinterpret_cast<const Values<kN>*>(head + kDim / 2)[lane];
+  __device__ __forceinline__ void load(const std::uint16_t* head, int part) {
+    low = reinterpret_cast<const Vector*>(head)[part];
+    high = reinterpret_cast<const Vector*>(head + kDim / 2)[part];
   }
-  __device__ __forceinline__ void store(std::uint16_t* head, int lane) const {
-    reinterpret_cast<Values<kN>*>(head)[lane] = low;
-    reinterpret_cast<Values<kN>*>(head + kDim / 2)[lane] = high;
+  __device__ __forceinline__ void store(std::uint16_t* head, int part) const {
+    reinterpret_cast<Vector*>(head)[part] = low;
+    reinterpret_cast<Vector*>(head + kDim / 2)[part] = high;
   }
 };
 
-template <int kDim>
-struct Weights {
-  static constexpr int kN = HeadPart<kDim>::kN;
-  float low[kN], high[kN];
+// Cosine and sine of the dimensions of a part.
+struct Angles {
+  float4 two[kVector / 2];  // of two dimensions: cosine, sine, cosine, sine
 
-  __device__ __forceinline__ void load(const float* weights, int lane) {
+  __device__ __forceinline__ void load(const float* table, std::int64_t row, int half_dim, int part) {
+    const auto* from = reinterpret_cast<const float4*>(table + row * 2 * half_dim) + part * (kVector / 2);
 #pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      low[i] = weights == nullptr ? 1.0f : weights[lane * kN + i];
-      high[i] = weights == nullptr ? 1.0f : weights[kDim / 2 + lane * kN + i];
-    }
+    for (int i = 0; i < kVector / 2; ++i) two[i] = table == nullptr ? float4{1, 0, 1, 0} : from[i];
   }
 };
 
-// Norm and rotation of a row, rounded once. angles: [D/2] of the row, or null. All lanes take part.
+// Norm and rotation of a row, rounded once. weights: [D] or null. All threads of the row take part.
 template <ptx::MmaType kType, int kDim>
-__device__ __forceinline__ void turn(HeadPart<kDim>& part, bool norm, const Weights<kDim>& weights, float eps,
-                                     const float2 (&angles)[HeadPart<kDim>::kN]) {
-  constexpr int kN = HeadPart<kDim>::kN;
-  float low[kN], high[kN];
-#pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    low[i] = widen<kType>(part.low.bits[i]);
-    high[i] = widen<kType>(part.high.bits[i]);
-  }
-  if (norm) {
+__device__ __forceinline__ void turn(HeadPart<kDim>& head, int part, const float* weights, float eps,
+                                     const Angles& angles) {
+  float scale = 1;
+  if (weights != nullptr) {
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < kN; ++i) squares += low[i] * low[i] + high[i] * high[i];
-    const float scale = rsqrtf(warp_sum(squares) / kDim + eps);
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      low[i] *= scale * weights.low[i];
-      high[i] *= scale * weights.high[i];
+    for (int i = 0; i < kVector / 2; ++i) {
+      const float2 low = unpack_pair<kType>(head.low.pairs[i]);
+      const float2 high = unpack_pair<kType>(head.high.pairs[i]);
+      squares += low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y;
     }
+#pragma unroll
+    for (int step = kRowThreads<kDim> / 2; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    scale = rsqrtf(squares / kDim + eps);
   }
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    part.low.bits[i] = narrow<kType>(low[i] * angles[i].x - high[i] * angles[i].y);
-    part.high.bits[i] = narrow<kType>(high[i] * angles[i].x + low[i] * angles[i].y);
+  for (int i = 0; i < kVector / 2; ++i) {
+    float2 low = unpack_pair<kType>(head.low.pairs[i]);
+    float2 high = unpack_pair<kType>(head.high.pairs[i]);
+    if (weights != nullptr) {
+      const float* of_part = weights + part * kVector + 2 * i;
+      low = {low.x * scale * of_part[0], low.y * scale * of_part[1]};
+      high = {high.x * scale * of_part[kDim / 2], high.y * scale * of_part[kDim / 2 + 1]};
+    }
+    const float4 angle = angles.two[i];
+    head.low.pairs[i] = ptx::pack_pair<kType>(low.x * angle.x - high.x * angle.y, low.y * angle.z - high.y * angle.w);
+    head.high.pairs[i] = ptx::pack_pair<kType>(high.x * angle.x + low.x * angle.y, high.y * angle.z + low.y * angle.w);
   }
-}
-
-template <int kN>
-__device__ __forceinline__ void load_angles(const float* table, std::int64_t row, int half_dim, int lane,
-                                            float2 (&angles)[kN]) {
-  const auto* from = reinterpret_cast<const float2*>(table) + row * half_dim + lane * kN;
-#pragma unroll
-  for (int i = 0; i < kN; ++i) angles[i] = table == nullptr ? float2{1, 0} : from[i];
 }
 
 __device__ __forceinline__ std::int32_t touched_pages(const AppendArgs& a, const CudaChunk& chunk) {
@@ -153,164 +143,187 @@ __device__ __forceinline__ bool find_page(const AppendArgs& a, std::int32_t inde
   return false;
 }
 
-// What the warps of a CTA know of their page.
+// A CTA's share of the append.
 struct PagePart {
   CudaChunk chunk;
-  std::int64_t at = 0;     // element offset of (page, KV head)
-  std::int32_t first = 0;  // position of the page's first token
-  std::int32_t head = 0;   // KV head
-  bool sums = false;       // the chunk completes the page, and means are kept
+  std::int64_t at = 0;         // element offset of (page, KV head)
+  std::int64_t first_row = 0;  // row of Q at the page's first token; may be negative
+  std::int32_t page = 0;       // physical
+  std::int32_t head = 0;       // KV head
+  std::int32_t old_end = 0;    // tokens of the page below it are there already
+  std::int32_t end = 0;        // tokens that the page holds afterwards, at most P
 };
 
-// The tokens of a granule that the chunk brings.
+// The CTA's page, or false. Threads of a warp get the same.
+__device__ __forceinline__ bool find_part(const AppendArgs& a, std::int32_t index, std::int32_t head, PagePart& part) {
+  std::int32_t logical = 0;
+  if (!find_page(a, index, static_cast<int>(threadIdx.x) % kWarp, part.chunk, logical)) return false;
+  part.page = a.page_tables[part.chunk.table_row * a.page_table_stride + logical];
+  if (part.page < 0 || part.page >= a.kv.num_pages) return false;
+  part.head = head;
+  part.at = part.page * a.kv.page_stride + head * a.kv.head_stride;
+  const std::int32_t first = logical * a.kv.page_tokens;  // position of the page's first token
+  part.old_end = max(0, part.chunk.chunk_start - first);
+  part.end = min(a.kv.page_tokens, part.chunk.chunk_start + part.chunk.chunk_tokens - first);
+  part.first_row = std::int64_t{part.chunk.q_begin} + first - part.chunk.chunk_start;
+  return true;
+}
+
 template <int kDim>
-__device__ __forceinline__ void copy_values(const AppendArgs& a, const PagePart& p, std::int32_t granule_begin,
-                                            std::int32_t granule_end, int lane) {
-  using Part = Values<kDim / kWarp>;
-  constexpr int kRows = kBatch<kDim>;
-  const std::int32_t begin = max(granule_begin, p.chunk.chunk_start - p.first);
-  const std::int32_t end = min(granule_end, p.chunk.chunk_start + p.chunk.chunk_tokens - p.first);
-  const auto* from = static_cast<const std::uint16_t*>(a.in.v) + p.head * a.in.v_head_stride +
-                     (std::int64_t{p.chunk.q_begin} + p.first - p.chunk.chunk_start) * a.in.v_token_stride;
+__device__ __forceinline__ void copy_values(const AppendArgs& a, const PagePart& p) {
+  const int part = static_cast<int>(threadIdx.x) % kRowThreads<kDim>;
+  const auto rows = static_cast<std::int32_t>(blockDim.x) / kRowThreads<kDim>;
+  const auto* from = static_cast<const std::uint16_t*>(a.in.v) + p.head * a.in.v_head_stride;
   auto* to = static_cast<std::uint16_t*>(const_cast<void*>(a.kv.v)) + p.at;
-  for (std::int32_t t = begin; t < end; t += kRows) {
-    Part rows[kRows];
+  for (std::int32_t t = p.old_end + static_cast<std::int32_t>(threadIdx.x) / kRowThreads<kDim>; t < p.end;
+       t += kPasses * rows) {
+    HeadPart<kDim> head[kPasses];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (t + i < end) rows[i] = reinterpret_cast<const Part*>(from + (t + i) * a.in.v_token_stride)[lane];
+    for (int i = 0; i < kPasses; ++i) {
+      if (t + i * rows < p.end) head[i].load(from + (p.first_row + t + i * rows) * a.in.v_token_stride, part);
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (t + i < end) reinterpret_cast<Part*>(to + (t + i) * a.kv.token_stride)[lane] = rows[i];
+    for (int i = 0; i < kPasses; ++i) {
+      if (t + i * rows < p.end) head[i].store(to + (t + i * rows) * a.kv.token_stride, part);
     }
   }
 }
 
-// The same of K, normed and turned; `sums` [D] gets the granule's sum if it is wanted, earlier tokens of the page
-// included.
+// Sums of the granules [first, first + rows / granule) from rows in shared memory.
 template <ptx::MmaType kType, int kDim>
-__device__ __forceinline__ void turn_keys(const AppendArgs& a, const PagePart& p, std::int32_t granule_begin,
-                                          std::int32_t granule_end, int lane, float* sums) {
-  constexpr int kN = HeadPart<kDim>::kN;
-  constexpr int kRows = kBatch<kDim>;
-  const std::int32_t old_end = p.chunk.chunk_start - p.first;  // tokens of the page below it are there already
-  const std::int32_t begin = p.sums ? granule_begin : max(granule_begin, old_end);
-  const std::int32_t end = min(granule_end, old_end + p.chunk.chunk_tokens);
-  const std::int64_t first_row = std::int64_t{p.chunk.q_begin} + p.first - p.chunk.chunk_start;
+__device__ __forceinline__ void sum_granules(const std::uint16_t* rows, std::int32_t granule, std::int32_t count,
+                                             float* sums) {
+  for (auto i = static_cast<std::int32_t>(threadIdx.x); i < count * (kDim / 2);
+       i += static_cast<std::int32_t>(blockDim.x)) {
+    const std::int32_t g = i / (kDim / 2);
+    const std::int32_t pair = i % (kDim / 2);
+    const auto* column = reinterpret_cast<const std::uint32_t*>(rows + g * granule * kDim) + pair;
+    float2 sum{};
+#pragma unroll 16
+    for (std::int32_t t = 0; t < granule; ++t) {
+      const float2 x = unpack_pair<kType>(column[t * (kDim / 2)]);
+      sum.x += x.x;
+      sum.y += x.y;
+    }
+    reinterpret_cast<float2*>(sums)[g * (kDim / 2) + pair] = sum;
+  }
+}
+
+template <int kDim>
+struct SharedKeys {
+  // As stored, of as many tokens as the CTA has in flight.
+  alignas(16) std::uint16_t rows[kThreads / kRowThreads<kDim> * kPasses * kDim];
+  float sums[kMaxGranules * kDim];  // [P/w, D]
+};
+
+template <ptx::MmaType kType, int kDim>
+__device__ __forceinline__ void turn_keys(const AppendArgs& a, const PagePart& p, SharedKeys<kDim>& shared) {
+  const std::int32_t page_tokens = a.kv.page_tokens;
+  const bool completes = p.end == page_tokens;
+  if (threadIdx.x == 0 && p.head == 0 && a.mean_tokens != nullptr) a.mean_tokens[p.page] = completes ? page_tokens : 0;
+  const bool sums = completes && a.mean_k != nullptr;
+  const std::int32_t begin = sums ? 0 : p.old_end;  // a mean needs the keys that are there already
+  const int part = static_cast<int>(threadIdx.x) % kRowThreads<kDim>;
+  const std::int32_t my_row = static_cast<std::int32_t>(threadIdx.x) / kRowThreads<kDim>;
+  const auto rows = static_cast<std::int32_t>(blockDim.x) / kRowThreads<kDim>;
+  const std::int32_t granule = granule_tokens(page_tokens);
   const auto* from = static_cast<const std::uint16_t*>(a.in.k) + p.head * a.in.k_head_stride;
   auto* to = static_cast<std::uint16_t*>(const_cast<void*>(a.kv.k)) + p.at;
-  Weights<kDim> weights;
-  weights.load(a.in.k_norm, lane);
-  float low_sum[kN] = {}, high_sum[kN] = {};
-  for (std::int32_t t = begin; t < end; t += kRows) {
-    HeadPart<kDim> rows[kRows];
-    float2 angles[kRows][kN];
+  for (std::int32_t slice = 0; slice < p.end; slice += kPasses * rows) {
+    HeadPart<kDim> head[kPasses];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (t + i >= end) continue;
-      if (t + i < old_end) {
-        rows[i].load(to + (t + i) * a.kv.token_stride, lane);
-      } else {
-        rows[i].load(from + (first_row + t + i) * a.in.k_token_stride, lane);
-        load_angles(a.in.rope_table, first_row + t + i, kDim / 2, lane, angles[i]);
+    for (int i = 0; i < kPasses; ++i) {
+      const std::int32_t t = slice + i * rows + my_row;
+      if (t >= begin && t < p.end) {
+        head[i].load(t < p.old_end ? to + t * a.kv.token_stride : from + (p.first_row + t) * a.in.k_token_stride, part);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (t + i >= end) continue;
-      if (t + i >= old_end) {
-        turn<kType>(rows[i], a.in.k_norm != nullptr, weights, a.in.norm_eps, angles[i]);
-        rows[i].store(to + (t + i) * a.kv.token_stride, lane);
+    for (int i = 0; i < kPasses; ++i) {
+      const std::int32_t t = slice + i * rows + my_row;
+      const bool fresh = t >= p.old_end && t < p.end;
+      Angles angles{};
+      if (fresh) angles.load(a.in.rope_table, p.first_row + t, kDim / 2, part);
+      HeadPart<kDim> turned = head[i];
+      turn<kType>(turned, part, a.in.k_norm, a.in.norm_eps, angles);  // by all threads: rows shuffle
+      if (fresh) {
+        head[i] = turned;
+        turned.store(to + t * a.kv.token_stride, part);
       }
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        low_sum[j] += widen<kType>(rows[i].low.bits[j]);
-        high_sum[j] += widen<kType>(rows[i].high.bits[j]);
-      }
+      if (sums && t < p.end) head[i].store(shared.rows + (t - slice) * kDim, part);
     }
+    if (!sums) continue;
+    __syncthreads();
+    sum_granules<kType, kDim>(shared.rows, granule, min(kPasses * rows, page_tokens - slice) / granule,
+                              shared.sums + slice / granule * kDim);
+    __syncthreads();
   }
-#pragma unroll
-  for (int j = 0; j < kN; ++j) {
-    sums[lane * kN + j] = low_sum[j];
-    sums[kDim / 2 + lane * kN + j] = high_sum[j];
+  if (!sums) return;
+  auto* mean =
+      reinterpret_cast<std::uint32_t*>(a.mean_k) + (std::int64_t{p.page} * a.kv.num_kv_heads + p.head) * (kDim / 2);
+  const auto count = static_cast<float>(page_tokens);
+  for (auto pair = static_cast<std::int32_t>(threadIdx.x); pair < kDim / 2;
+       pair += static_cast<std::int32_t>(blockDim.x)) {
+    float2 total = reinterpret_cast<const float2*>(shared.sums)[pair];
+    for (std::int32_t g = 1; g < page_tokens / granule; ++g) {
+      const float2 sum = reinterpret_cast<const float2*>(shared.sums)[g * (kDim / 2) + pair];
+      total = {total.x + sum.x, total.y + sum.y};
+    }
+    mean[pair] = ptx::pack_pair<kType>(__fdiv_rn(total.x, count), __fdiv_rn(total.y, count));
   }
 }
 
-template <ptx::MmaType kType, int kDim>
-__device__ __forceinline__ void append_page(const AppendArgs& a, std::int32_t cta, float* granule_sums) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  PagePart p;
-  p.head = cta % a.kv.num_kv_heads;
-  std::int32_t logical = 0;
-  if (!find_page(a, cta / a.kv.num_kv_heads, lane, p.chunk, logical)) return;
-  const std::int32_t page = a.page_tables[p.chunk.table_row * a.page_table_stride + logical];
-  if (page < 0 || page >= a.kv.num_pages) return;
-  const std::int32_t page_tokens = a.kv.page_tokens;
-  p.first = logical * page_tokens;
-  p.at = page * a.kv.page_stride + p.head * a.kv.head_stride;
-  const bool completes = p.chunk.chunk_start + p.chunk.chunk_tokens - p.first >= page_tokens;
-  p.sums = completes && a.mean_k != nullptr;
-  const std::int32_t granule = granule_tokens(page_tokens);
-  const std::int32_t granules = page_tokens / granule;
-  const std::int32_t mine = warp % granules * granule;
-  if (warp < granules) {
-    turn_keys<kType, kDim>(a, p, mine, mine + granule, lane, granule_sums + warp * kDim);
-  } else {
-    copy_values<kDim>(a, p, mine, mine + granule, lane);
-  }
-  if (threadIdx.x == 0 && p.head == 0 && a.mean_tokens != nullptr) a.mean_tokens[page] = completes ? page_tokens : 0;
-  if (!p.sums) return;
-  __syncthreads();
-  auto* mean = a.mean_k + (std::int64_t{page} * a.kv.num_kv_heads + p.head) * kDim;
-  for (std::int32_t d = static_cast<std::int32_t>(threadIdx.x); d < kDim; d += static_cast<std::int32_t>(blockDim.x)) {
-    float total = granule_sums[d];
-    for (std::int32_t g = 1; g < granules; ++g) total += granule_sums[g * kDim + d];
-    mean[d] = narrow<kType>(__fdiv_rn(total, static_cast<float>(page_tokens)));
-  }
-}
+// Heads of one row that a warp turns: kPasses for each of the rows that it holds side by side.
+template <int kDim>
+constexpr std::int32_t kWarpHeads = kPasses*(kWarp / kRowThreads<kDim>);
 
 template <ptx::MmaType kType, int kDim>
 __device__ __forceinline__ void turn_queries(const AppendArgs& a, std::int32_t cta) {
-  constexpr int kN = HeadPart<kDim>::kN;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int32_t head_batches = (a.num_q_heads + kHeadBatch - 1) / kHeadBatch;
-  const std::int64_t item = std::int64_t{cta} * (blockDim.x / kWarp) + static_cast<std::int64_t>(threadIdx.x) / kWarp;
-  const std::int64_t row = item / head_batches;
+  const int part = lane % kRowThreads<kDim>;
+  const std::int32_t items_per_row = (a.num_q_heads + kWarpHeads<kDim> - 1) / kWarpHeads<kDim>;
+  const std::int64_t item = (std::int64_t{cta} * blockDim.x + threadIdx.x) / kWarp;
+  const std::int64_t row = item / items_per_row;
   if (row >= a.num_q_tokens) return;
-  const std::int32_t first_head = static_cast<std::int32_t>(item % head_batches) * kHeadBatch;
-  float2 angles[kN];
-  load_angles(a.in.rope_table, row, kDim / 2, lane, angles);
-  if (angles[0].x == 0 && angles[0].y == 0) return;  // a row of no chunk
-  auto* q = static_cast<std::uint16_t*>(a.in.q) + row * a.in.q_token_stride + first_head * a.in.q_head_stride;
-  Weights<kDim> weights;
-  weights.load(a.in.q_norm, lane);
-  HeadPart<kDim> heads[kHeadBatch];
+  const std::int32_t first_head =
+      static_cast<std::int32_t>(item % items_per_row) * kWarpHeads<kDim> + lane / kRowThreads<kDim>;
+  Angles angles;
+  angles.load(a.in.rope_table, row, kDim / 2, part);
+  if (angles.two[0].x == 0 && angles.two[0].y == 0) return;  // a row of no chunk, for all threads
+  auto* q = static_cast<std::uint16_t*>(a.in.q) + row * a.in.q_token_stride;
+  constexpr std::int32_t kStep = kWarp / kRowThreads<kDim>;
+  HeadPart<kDim> heads[kPasses];
 #pragma unroll
-  for (int i = 0; i < kHeadBatch; ++i) {
-    if (first_head + i < a.num_q_heads) heads[i].load(q + i * a.in.q_head_stride, lane);
+  for (int i = 0; i < kPasses; ++i) {
+    const std::int32_t h = first_head + i * kStep;
+    if (h < a.num_q_heads) heads[i].load(q + h * a.in.q_head_stride, part);
   }
 #pragma unroll
-  for (int i = 0; i < kHeadBatch; ++i) {
-    if (first_head + i >= a.num_q_heads) continue;
-    turn<kType>(heads[i], a.in.q_norm != nullptr, weights, a.in.norm_eps, angles);
-    heads[i].store(q + i * a.in.q_head_stride, lane);
+  for (int i = 0; i < kPasses; ++i) {
+    const std::int32_t h = first_head + i * kStep;
+    turn<kType>(heads[i], part, a.in.q_norm, a.in.norm_eps, angles);
+    if (h < a.num_q_heads) heads[i].store(q + h * a.in.q_head_stride, part);
   }
 }
 
-constexpr std::int32_t kMaxGranules = 8;  // P = 256
-
 template <ptx::MmaType kType, int kDim>
-__global__ void __launch_bounds__(2 * kMaxGranules * kWarp) append_kernel(AppendArgs args) {
-  __shared__ float granule_sums[kMaxGranules * kDim];  // [P/w, D]
+__global__ void __launch_bounds__(kThreads, 3) append_kernel(AppendArgs args) {
+  __shared__ SharedKeys<kDim> shared;
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   const auto cta = static_cast<std::int32_t>(blockIdx.x);
-  const std::int32_t page_ctas = args.max_pages * args.kv.num_kv_heads;
-  if (cta < page_ctas) {
-    append_page<kType, kDim>(args, cta, granule_sums);
-  } else {
+  const std::int32_t page_ctas = 2 * args.max_pages * args.kv.num_kv_heads;
+  if (cta >= page_ctas) {
     turn_queries<kType, kDim>(args, cta - page_ctas);
+    return;
+  }
+  PagePart part;
+  // Heads follow each other: those of a page read the same angles.
+  if (!find_part(args, cta / 2 / args.kv.num_kv_heads, cta / 2 % args.kv.num_kv_heads, part)) return;
+  if (cta % 2 == 0) {
+    turn_keys<kType, kDim>(args, part, shared);
+  } else {
+    copy_values<kDim>(args, part);
   }
 }
 
@@ -338,12 +351,21 @@ __global__ void rope_table_kernel(RopeTableArgs args) {
   }
 }
 
+template <ptx::MmaType kType, int kDim>
+cudaError_t launch(const AppendArgs& args, bool pdl, cudaStream_t stream) {
+  const std::int32_t threads = std::min(kThreads, args.kv.page_tokens * kRowThreads<kDim>);
+  const std::int32_t warps = threads / kWarp;
+  const std::int32_t items = args.num_q_tokens * ((args.num_q_heads + kWarpHeads<kDim> - 1) / kWarpHeads<kDim>);
+  const std::int32_t ctas = 2 * args.max_pages * args.kv.num_kv_heads + (items + warps - 1) / warps;
+  return launch_kernel(append_kernel<kType, kDim>, ctas, threads, 0, pdl, stream, args);
+}
+
 template <ptx::MmaType kType>
-cudaError_t launch(const AppendArgs& args, std::int32_t ctas, std::int32_t threads, bool pdl, cudaStream_t stream) {
+cudaError_t launch_by_dim(const AppendArgs& args, bool pdl, cudaStream_t stream) {
   switch (args.kv.head_dim) {
-    case 64: return launch_kernel(append_kernel<kType, 64>, ctas, threads, 0, pdl, stream, args);
-    case 128: return launch_kernel(append_kernel<kType, 128>, ctas, threads, 0, pdl, stream, args);
-    default: return launch_kernel(append_kernel<kType, 256>, ctas, threads, 0, pdl, stream, args);
+    case 64: return launch<kType, 64>(args, pdl, stream);
+    case 128: return launch<kType, 128>(args, pdl, stream);
+    default: return launch<kType, 256>(args, pdl, stream);
   }
 }
 
@@ -354,11 +376,8 @@ cudaError_t launch_rope_table(const RopeTableArgs& args, bool pdl, cudaStream_t 
 }
 
 cudaError_t launch_append(const AppendArgs& args, bool pdl, cudaStream_t stream) {
-  const std::int32_t warps = 2 * args.kv.page_tokens / granule_tokens(args.kv.page_tokens);
-  const std::int32_t items = args.num_q_tokens * ((args.num_q_heads + kHeadBatch - 1) / kHeadBatch);
-  const std::int32_t ctas = args.max_pages * args.kv.num_kv_heads + (items + warps - 1) / warps;
-  return args.kv.dtype == DType::kF16 ? launch<ptx::MmaType::kF16>(args, ctas, warps * kWarp, pdl, stream)
-                                      : launch<ptx::MmaType::kBf16>(args, ctas, warps * kWarp, pdl, stream);
+  return args.kv.dtype == DType::kF16 ? launch_by_dim<ptx::MmaType::kF16>(args, pdl, stream)
+                                      : launch_by_dim<ptx::MmaType::kBf16>(args, pdl, stream);
 }
 
 }  // namespace compact
