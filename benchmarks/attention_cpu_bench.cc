@@ -1,13 +1,15 @@
 // CPU attention over page lists beside the machine's matrix multiplication, in one run on the same threads.
 //
-//   attention_cpu_bench [--threads N] [--repeats N] [--json FILE] [--case SUBSTRING] [--cpu-time]
+//   attention_cpu_bench [--threads N] [--repeats N] [--json FILE] [--case SUBSTRING] [--cpu-time] [--avx2]
 //
 // Rate: 4 * D * Hq * (visible query-key pairs) / seconds. The yardstick is OpenBLAS sgemm, best of several shapes. bf16
 // caches are run with every kernel that the machine has.
 // Inputs are random; every repeat uses another copy of Q and another region of the cache, together larger than L2.
-// sgemm and attention alternate, so that a change of clock or load meets both.
+// sgemm and attention alternate, so that a change of clock or load meets both. --avx2 measures a machine without
+// AVX-512: run it with OPENBLAS_CORETYPE=Haswell, which makes sgemm do the same.
 #include <cblas.h>
 #include <fmt/format.h>
+#include <hwy/targets.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -17,12 +19,13 @@
 #include <string>
 #include <vector>
 
-#include "engine/bench/measure.h"
 #include "compact/attention.h"
+#include "engine/bench/measure.h"
 #include "src/core/bf16.h"
 
 extern "C" void openblas_set_num_threads(int num_threads);
 extern "C" char* openblas_get_config(void);
+extern "C" char* openblas_get_corename(void);
 
 namespace {
 
@@ -232,15 +235,25 @@ int main(int argc, char** argv) {
   std::int32_t repeats = 7;
   std::string json_path;
   std::string filter;
-  bool cpu_time = false;
+  bool cpu_time = false, avx2_at_most = false;
   CLI::App app{"CPU attention beside sgemm"};
   app.add_option("--threads", threads, "threads of both; 0: every core");
   app.add_option("--repeats", repeats, "timed runs of each shape, at least 5")->check(CLI::Range(5, 1000));
   app.add_option("--json", json_path, "write the figures to this file");
   app.add_option("--case", filter, "only shapes whose name contains this");
   app.add_flag("--cpu-time", cpu_time, "rates per CPU second, for one thread on a busy machine");
+  app.add_flag("--avx2", avx2_at_most, "no kernels beyond AVX2; needs OPENBLAS_CORETYPE=Haswell");
   CLI11_PARSE(app, argc, argv);
   if (!compact::bench::use_cpu_time(cpu_time, threads)) return 2;
+  if (avx2_at_most) {
+    // Which kernel the yardstick runs is decided before main, so only the caller can choose it.
+    if (std::string(openblas_get_corename()) != "Haswell") {
+      fmt::print(stderr, "--avx2: OpenBLAS runs its kernel for {}; set OPENBLAS_CORETYPE=Haswell\n",
+                 openblas_get_corename());
+      return 2;
+    }
+    hwy::DisableTargets(HWY_AVX2 - 1);  // better targets have lower bits
+  }
 
   compact::ThreadPool pool(threads);
   openblas_set_num_threads(pool.num_threads());
