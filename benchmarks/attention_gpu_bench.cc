@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "benchmarks/gpu_bench.h"
+#include "engine/bench/cuda/gpu_bench.h"
 #include "src/attention/cuda/plan.h"
 
 namespace compact::bench {

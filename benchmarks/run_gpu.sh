@@ -35,7 +35,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer engine experiments)
 export TEST_SECONDS=${TEST_SECONDS:-40}  # of one test
 mkdir -p "$out/tests"
-chmod +x "$gpu"/*_test "$build"/compact "$build"/benchmarks/{append_gpu_bench,attention_gpu_bench,step_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
+chmod +x "$gpu"/*_test "$build"/compact "$build"/benchmarks/{append_gpu_bench,attention_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
 : >"$out/table"
 
 row() { echo "$*" | tee -a "$out/table"; }
@@ -122,8 +122,20 @@ bench() {
   cat "$out/bench.log" 2>/dev/null
   limited append 60 "$build/benchmarks/append_gpu_bench" --json "$out/append.json"
   cat "$out/append.log" 2>/dev/null
-  limited step 200 "$build/benchmarks/step_gpu_bench" $($quick && echo --mode paper) --json "$out/step.json"
-  cat "$out/step.log" 2>/dev/null
+  # name, requests, query heads, KV heads, and what else: the shapes of the targets, crossover, density.
+  local name requests q_heads kv_heads rest
+  while read -r name requests q_heads kv_heads rest; do
+    limited "$name" 200 "$build/compact" bench step --backend cuda --requests "$requests" --q-heads "$q_heads" \
+      --kv-heads "$kv_heads" $rest --json "$out/$name.json"
+    cat "$out/$name.log" 2>/dev/null
+  done < <(
+    echo step_b8 8 16 4 --context 32768,131072
+    echo step_b1 1 32 8 --context 65536,131072
+    $quick && return
+    echo step_short_b8 8 16 4 --context 8192,16384,32768
+    echo step_short_b1 1 32 8 --context 8192,16384,32768
+    echo step_density 1 32 8 --context 65536 --density 0.05,0.1,0.2,0.3,0.5,0.7,0.85,1
+  )
 }
 
 peers() {

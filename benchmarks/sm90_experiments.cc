@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "benchmarks/gpu_bench.h"
+#include "engine/bench/cuda/gpu_bench.h"
 #include "benchmarks/sm90_variants.h"
 #include "src/attention/cuda/plan.h"
 

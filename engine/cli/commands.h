@@ -31,5 +31,6 @@ CommandBody add_eval_longbench_command(CLI::App& eval);
 // Subcommands of `compact bench`.
 CommandBody add_bench_prefill_command(CLI::App& bench);
 CommandBody add_bench_step_command(CLI::App& bench);
+CommandBody add_bench_select_command(CLI::App& bench);
 
 }  // namespace compact::engine

@@ -136,6 +136,103 @@ ca_status ca_attention_cuda_workspace(const ca_attention* attention, const ca_cu
 ca_status ca_attention_run_cuda(const ca_attention* attention, const ca_cuda_options* options, void* workspace,
                                 int64_t workspace_bytes, void* stream);
 
+/* ---- the sparse step of a layer on a GPU: selection by mean keys, union, page lists, attention ---- */
+
+/* A request's part of a step. Arrays of it lie in device memory: 16 bytes, fixed. */
+typedef struct ca_step_chunk {
+  int32_t q_begin;      /* first row in q and o */
+  int32_t chunk_tokens; /* C; 0 does nothing */
+  int32_t chunk_start;  /* S: position of the first query; the context has S + C tokens */
+  int32_t table_row;    /* row of page_tables */
+} ca_step_chunk;
+
+/* Which query rows share a page list: the chunk, span_tokens, 128 packed rows, or what the cost model joins of these.
+ */
+enum { CA_UNION_PAPER = 0, CA_UNION_SPAN = 1, CA_UNION_TILE = 2, CA_UNION_ADAPTIVE = 3 };
+
+/* Why a chunk read every page. */
+enum {
+  CA_DENSE_NONE = 0, /* it did not: the lists of the selection */
+  CA_DENSE_SELECTOR = 1,
+  CA_DENSE_FIRST_CHUNK = 2,
+  CA_DENSE_SHORT_CONTEXT = 3, /* below min_context_tokens */
+  CA_DENSE_HIGH_DENSITY = 4,  /* by the cost model the lists were not faster */
+  CA_DENSE_REQUESTED = 5
+};
+
+/* Sums of one chunk and sub-group of heads; rows = tokens x query heads. Density is listed / visible. 24 bytes, fixed.
+ */
+typedef struct ca_union_stats {
+  int64_t listed_row_pages;
+  int64_t wanted_row_pages; /* before the union */
+  int64_t visible_row_pages;
+} ca_union_stats;
+
+/* Host numbers and device pointers. The first part is the step's, the same for all its layers; the second the layer's.
+ * Chunks, lengths and tables are read from the device at every run: a captured graph follows them within its bounds. */
+typedef struct ca_step {
+  uint32_t struct_size;
+  int32_t dtype;               /* of q, o, k, v, mean_k: bf16 or f16 */
+  const ca_step_chunk* chunks; /* [num_chunks] */
+  const int32_t* page_tables;  /* [num_table_rows, page_table_stride] physical page of each logical page */
+  const int32_t* mean_tokens;  /* [num_pages] tokens that each mean covers, or NULL: of every complete page P */
+  int64_t page_table_stride;
+  int32_t num_table_rows;
+  int32_t num_chunks;
+  int32_t num_q_tokens;       /* T */
+  int32_t max_context_tokens; /* bound of every S + C */
+  int32_t num_q_heads;        /* Hq */
+  int32_t num_kv_heads;       /* Hkv */
+  int32_t head_dim;           /* D: 64, 128, 256 */
+  int32_t page_tokens;        /* P, a power of two from 16 to 256 */
+  int32_t num_pages;          /* pages in the cache */
+  int32_t sink_tokens;        /* always read: pages of the context's begin */
+  int32_t window_tokens;      /* and pages before each query block */
+  int32_t union_mode;         /* CA_UNION_... */
+  int32_t heads_per_unit;     /* 0: by default */
+  int32_t span_tokens;        /* of CA_UNION_SPAN */
+  int32_t crosses_over;       /* not 0: all pages where the lists would not be faster */
+  int32_t min_context_tokens; /* shorter contexts read all pages, without selection */
+  int32_t margin_1024ths;     /* lists are used if their modelled cost times (1 + this / 1024) is below dense */
+
+  int32_t dense;          /* not 0: this layer reads all pages */
+  const void* q;          /* [T, Hq, D] after RoPE */
+  int64_t q_token_stride; /* strides: multiples of 8 elements */
+  int64_t q_head_stride;
+  void* o; /* [T, Hq, D]; rows of no chunk are left alone */
+  int64_t o_token_stride;
+  int64_t o_head_stride;
+  float* lse;    /* [T, Hq] or NULL */
+  const void* k; /* pages of the layer */
+  const void* v; /* the same strides */
+  int64_t kv_page_stride;
+  int64_t kv_head_stride;
+  int64_t kv_token_stride;
+  const void* mean_k;       /* [num_pages, Hkv, D]; not read if dense */
+  ca_union_stats* stats;    /* [num_stats] or NULL */
+  int32_t* dense_reasons;   /* [num_stats] CA_DENSE_..., or NULL */
+  uint64_t* nonfinite_rows; /* [1] or NULL: rows of NaN or infinite scores are added; their tiles keep all pages */
+  float softmax_scale;      /* above 0 */
+  float share;              /* a page is wanted with this share of a row's softmax over mean keys, or */
+  float lift;               /* with lift / pages, whichever is more */
+  int32_t backend;          /* CA_CUDA_BACKEND_... */
+} ca_step;
+
+/* Bytes of device memory for ca_step_plan_cuda and ca_step_run_cuda together, and entries of stats and dense_reasons
+ * (num_stats may be NULL). No pointer of `step` is read. */
+ca_status ca_step_cuda_workspace(const ca_step* step, int64_t* bytes, int32_t* num_stats);
+
+/* Once per step, before its layers: places of the chunks, checks of page tables and means. device_error: [1] in device
+ * memory, set to the first mistake, never reset; a chunk with a mistake does nothing. Asynchronous on `stream`. */
+ca_status ca_step_plan_cuda(const ca_step* step, int32_t* device_error, void* workspace, int64_t workspace_bytes,
+                            void* stream);
+
+/* A layer, asynchronous on `stream`: no synchronisation, no allocation, no read by the host. */
+ca_status ca_step_run_cuda(const ca_step* step, void* workspace, int64_t workspace_bytes, void* stream);
+
+/* Text for a value of ca_step_plan_cuda's device_error. */
+const char* ca_step_device_error_text(int32_t device_error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "compact/attention.h"
+#include "compact/attention_cuda.h"
 #include "compact/attention_unit.h"
 #include "compact/block_union.h"
 #include "compact/cuda_backend.h"
@@ -57,6 +59,10 @@ struct CudaStepInput {
   ForcedPages forced{};
   /// kCheapestHeads means G: the mask has one row per KV head. list_dropped is not supported.
   UnionOptions options{};
+  /// Whether lists give way to all pages where these would not be slower, by `crossover` and options.cost. Each (chunk,
+  /// sub-group of heads) decides for itself, on the device; the CPU decides for a chunk (crossover_after_union).
+  bool crosses_over = false;
+  CrossoverPolicy crossover{};
 };
 
 /// What the caller allocates, from host numbers alone.
@@ -114,14 +120,20 @@ struct CudaPageLists {
   std::int32_t* num_units = nullptr;  // [1]  places in use
   std::int32_t* page_ids = nullptr;   // [num_list_entries]
   UnionStats* stats = nullptr;        // [B, sub-groups]  sums of each chunk and sub-group
+  DenseReason* reasons = nullptr;     // [B, sub-groups] or null; kNone: the lists of the mask
 };
 
 /// The page list of every unit: the same units, pages and order as build_page_lists from the same mask, each list in a
-/// place of its own. Bits of the mask at or above Np are ignored.
-/// Errors: as select_mean_key_cuda.
+/// place of its own. Bits of the mask at or above Np are ignored. Where the crossover decides for all pages, the unit
+/// is the whole chunk, in the place of its first span. Errors: as select_mean_key_cuda.
 [[nodiscard]] Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* mask,
                                            const CudaPageLists& lists, void* workspace, std::int64_t workspace_bytes,
                                            void* stream);
+
+/// Lists of all pages, one unit per chunk and sub-group: dense attention by the same kernel, kRequested. Needs no mask.
+/// Errors: as select_mean_key_cuda.
+[[nodiscard]] Status build_dense_lists_cuda(const CudaStepInput& input, const CudaPageLists& lists, void* workspace,
+                                            std::int64_t workspace_bytes, void* stream);
 
 /// Means of all complete pages of the chunks' requests, and their token counts, from the keys as stored, in the order
 /// of docs/design/method.md 2.2, rounded to kv.dtype: the same bits as the cache's records rounded so.

@@ -14,7 +14,9 @@
 #ifdef __CUDA_ARCH__
 #define CA_DEVICE_NO_UNROLL _Pragma("unroll 1")
 #define CA_DEVICE_UNROLL_4 _Pragma("unroll 4")
+#define CA_DEVICE_UNROLL _Pragma("unroll")
 #else
 #define CA_DEVICE_NO_UNROLL
 #define CA_DEVICE_UNROLL_4
+#define CA_DEVICE_UNROLL
 #endif

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "src/ptx/shared_address.cuh"
+
 namespace compact::ptx {
 
 // Copies 16 bytes past L1; writes zeros and reads nothing if !valid.
@@ -13,6 +15,12 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t to_shared, const void*
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Arrives at an mbarrier once this thread's copies so far have landed; one of the arrivals it was initialised with.
+// Copies count as plain writes: wgmma needs a proxy fence behind the wait.
+__device__ __forceinline__ void cp_async_arrive(std::uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 
 // Waits until at most N of this thread's latest groups are in flight.
 template <int N>

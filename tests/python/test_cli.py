@@ -117,7 +117,8 @@ def test_bench_step_sums_its_stages_at_the_wanted_density(cli, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--context", "512"], "holds no past"), (["--backend", "tpu"], "this build times: cpu"),
+    (["--context", "512"], "holds no past"), (["--backend", "tpu"], "allowed: cpu, cuda"),
+    (["--requests", "2"], "--requests is 2 with --backend cpu"),
     (["--q-heads", "7"], "a multiple of 2"), (["--json", "/nowhere/step.json"], "/nowhere/step.json")])
 def test_bench_step_names_what_is_wrong(cli, flags, message):
     assert message in run(cli, "bench", "step", *flags, expect=2)
@@ -145,6 +146,10 @@ def test_bench_prefill_sets_selectors_beside_dense(cli, demo_dir, tmp_path):
     (["-m", "/nowhere", "--backend", "cpu"], "/nowhere")])
 def test_bench_prefill_names_what_is_wrong(cli, flags, message):
     assert message in run(cli, "bench", "prefill", *flags, expect=2)
+
+
+def test_bench_select_is_for_a_gpu(cli):
+    assert "see bench step" in run(cli, "bench", "select", "--backend", "cpu", expect=2)
 
 
 def test_demo_json_holds_both_runs(cli, demo_dir, tmp_path):

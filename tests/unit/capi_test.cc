@@ -11,6 +11,7 @@
 #include "compact/attention.h"
 #include "compact/attention_cuda.h"
 #include "compact/compact.h"
+#include "compact/step_cuda.h"
 
 namespace compact {
 namespace {
@@ -156,6 +157,28 @@ TEST_F(CApi, CudaArgumentsAreReadBeforeTheDevice) {
   EXPECT_EQ(bytes, -1);
   EXPECT_STREQ(ca_cuda_device_error_text(static_cast<std::int32_t>(CudaAttentionError::kBadPageId)),
                cuda_attention_error_text(CudaAttentionError::kBadPageId));
+}
+
+TEST_F(CApi, StepArgumentsAreReadBeforeTheDevice) {
+  ca_step step{};
+  std::int64_t bytes = -1;
+  std::int32_t num_stats = -1;
+  expect_refused(ca_step_cuda_workspace(&step, nullptr, nullptr), CA_INVALID_ARGUMENT, "bytes is null");
+  expect_refused(ca_step_cuda_workspace(nullptr, &bytes, nullptr), CA_INVALID_ARGUMENT, "step is null");
+  expect_refused(ca_step_cuda_workspace(&step, &bytes, &num_stats), CA_INVALID_ARGUMENT, "step.struct_size is 0");
+  expect_refused(ca_step_plan_cuda(&step, nullptr, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 0");
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 0");
+  step.struct_size = sizeof(ca_step) + 8;
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 264");
+  // With or without CUDA in the build: pages of 24 tokens are for no GPU.
+  step.struct_size = sizeof(ca_step);
+  step.dtype = CA_DTYPE_BF16;
+  step.num_q_heads = step.num_kv_heads = step.num_pages = 1;
+  step.page_tokens = 24;
+  EXPECT_EQ(ca_step_cuda_workspace(&step, &bytes, &num_stats), CA_UNSUPPORTED) << ca_last_error();
+  EXPECT_TRUE(bytes == -1 && num_stats == -1) << "a refused call wrote output";
+  EXPECT_STREQ(ca_step_device_error_text(static_cast<std::int32_t>(CudaStepError::kStaleMean)),
+               cuda_step_error_text(CudaStepError::kStaleMean));
 }
 
 }  // namespace

@@ -14,8 +14,15 @@ using testing::difference_to_cpu;
 using testing::StepCase;
 using testing::StepRandom;
 
-// One thread, one warp of one lane.
+// One thread, one warp of one lane; memory for small trees, so that both places of a tree are seen.
 struct OneThread {
+  std::vector<std::uint64_t> near = std::vector<std::uint64_t>(64);
+
+  static void or_into(std::uint64_t* p, std::uint64_t x) { *p |= x; }
+  static void add_into(std::int64_t* p, std::int64_t x) { *p += x; }
+  void* near_memory(std::int64_t bytes) {
+    return bytes <= static_cast<std::int64_t>(near.size() * 8) ? near.data() : nullptr;
+  }
   static std::int32_t index() { return 0; }
   static std::int32_t size() { return 1; }
   static std::int32_t warp() { return 0; }
@@ -24,6 +31,7 @@ struct OneThread {
   static std::int32_t lanes() { return 1; }
   static void sync() {}
   static std::int64_t warp_sum(std::int64_t x) { return x; }
+  static std::int32_t warp_count(std::int32_t x) { return x; }
   static std::int64_t sum(std::int64_t x) { return x; }
   static void report(std::int32_t* error, std::int32_t code) {
     if (*error == 0) *error = code;
@@ -37,6 +45,7 @@ struct HostStep {
   std::vector<AttentionUnit> units;
   std::vector<std::int32_t> page_ids;
   std::vector<UnionStats> stats;
+  std::vector<DenseReason> reasons;
   std::int32_t num_units = -1;
   std::int32_t error = 0;
 
@@ -53,13 +62,17 @@ struct HostStep {
     units.resize(static_cast<std::size_t>(sizes.max_units));
     page_ids.assign(static_cast<std::size_t>(sizes.num_list_entries), -1);
     stats.assign(static_cast<std::size_t>(sizes.num_stats), {-1, -1, -1});
+    reasons.assign(stats.size(), DenseReason::kSelector);  // which no tree gives
     OneThread thread;
     const PlanArgs plan = plan_args(layout, c.input, &error, workspace.data());
     for (std::int32_t b = 0; b < layout.plan_ctas; ++b) plan_chunk(thread, plan, b);
-    const CudaPageLists lists{
-        .units = units.data(), .num_units = &num_units, .page_ids = page_ids.data(), .stats = stats.data()};
+    const CudaPageLists lists{.units = units.data(),
+                              .num_units = &num_units,
+                              .page_ids = page_ids.data(),
+                              .stats = stats.data(),
+                              .reasons = reasons.data()};
     const UniteArgs args = unite_args(layout, c.input, mask.data(), lists, workspace.data());
-    for (std::int32_t tree = 0; tree < layout.unite_trees; ++tree) UniteTree(args, tree).run(thread);
+    for (std::int32_t tree = 0; tree < layout.unite_trees; ++tree) UniteTree(args, tree, thread).run(thread);
   }
   StepTables tables() { return layout.tables(workspace.data()); }
 };
@@ -97,6 +110,108 @@ TEST(StepCuda, BlocksAreThoseOfMakeQueryBlocks) {
                   got.first_position == want[i].first_position)
           << "block " << i << ": " << c.text();
     }
+  }
+}
+
+TEST(StepCuda, PairsHoldEveryBlockOnceWithItsNeighbour) {
+  std::int64_t alone = 0;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    StepRandom random(seed);
+    StepCase c;
+    make_random_step(c, random);
+    HostStep step(c);
+    const StepTables tables = step.tables();
+    ASSERT_LE(tables.header->num_pairs, step.layout.shape.max_pairs) << c.text();
+    std::int32_t next = 0;
+    for (std::int32_t p = 0; p < tables.header->num_pairs; ++p) {
+      const BlockPair& pair = tables.pairs[p];
+      ASSERT_EQ(pair.first_block, next) << "pair " << p << ": " << c.text();
+      ASSERT_TRUE(pair.num_blocks == 1 || pair.num_blocks == 2) << "pair " << p << ": " << c.text();
+      next += pair.num_blocks;
+      const std::int32_t chunk = tables.blocks[pair.first_block].chunk;
+      ASSERT_EQ(tables.blocks[next - 1].chunk, chunk) << "pair " << p << ": " << c.text();
+      if (pair.num_blocks == 2) continue;
+      ++alone;
+      ASSERT_TRUE(next == tables.header->num_blocks || tables.blocks[next].chunk != chunk) << c.text();
+    }
+    ASSERT_EQ(next, tables.header->num_blocks) << c.text();
+  }
+  EXPECT_GT(alone, 50);
+}
+
+// Every (chunk, sub-group) for itself: all pages if the context is short or its units cost as much as dense.
+TEST(StepCuda, CrossoverDecidesByCostAndContext) {
+  std::int64_t counts[kNumDenseReasons] = {};
+  for (std::uint64_t seed = 0; seed < 1000; ++seed) {
+    StepRandom random(seed);
+    StepCase c;
+    make_random_step(c, random);
+    const HostStep lists(c);
+    c.input.crosses_over = true;
+    c.input.crossover = {random.pick({0, 100, 2000}), random.pick({0, 154, 1024})};
+    const HostStep step(c);
+    const CudaStepSizes& sizes = step.layout.sizes;
+    ASSERT_EQ(step.num_units, lists.num_units);
+    const std::int32_t sub_groups = c.input.num_q_heads / sizes.heads_per_unit, p = c.input.page_tokens;
+    std::vector<std::int64_t> cost(step.stats.size());
+    const auto tree_of = [&](const AttentionUnit& unit) {
+      for (std::size_t b = 0; b < c.chunks.size(); ++b) {
+        const std::int32_t row = unit.q_begin - c.chunks[b].q_begin;
+        if (row >= 0 && row < c.chunks[b].chunk_tokens) {
+          return b * static_cast<std::size_t>(sub_groups) +
+                 static_cast<std::size_t>(unit.q_head / sizes.heads_per_unit);
+        }
+      }
+      return cost.size();
+    };
+    for (std::int32_t u = 0; u < lists.num_units; ++u) {
+      const AttentionUnit& unit = lists.units[static_cast<std::size_t>(u)];
+      if (unit.q_len == 0) continue;
+      cost[tree_of(unit)] +=
+          unit_cost(c.input.options.cost, unit.q_len, sizes.heads_per_unit, (unit.list_tokens + p - 1) / p, p);
+    }
+    std::vector<std::int32_t> units(cost.size()), dense_units(cost.size());
+    for (std::int32_t u = 0; u < step.num_units; ++u) {
+      const AttentionUnit& unit = step.units[static_cast<std::size_t>(u)];
+      if (unit.q_len == 0) continue;
+      const std::size_t tree = tree_of(unit);
+      const CudaChunk& chunk = c.chunks[tree / static_cast<std::size_t>(sub_groups)];
+      ++units[tree];
+      const std::int32_t* ids = step.page_ids.data() + unit.list_begin;
+      const std::int32_t* table = c.page_tables.data() + chunk.table_row * c.input.page_table_stride;
+      const std::int32_t context = chunk.chunk_start + chunk.chunk_tokens;
+      dense_units[tree] += unit.q_len == chunk.chunk_tokens && unit.list_tokens == context &&
+                           unit.past_tokens == chunk.chunk_start && unit.causal_shift == 0 &&
+                           std::equal(ids, ids + (context + p - 1) / p, table);
+    }
+    for (std::size_t tree = 0; tree < cost.size(); ++tree) {
+      const CudaChunk& chunk = c.chunks[tree / static_cast<std::size_t>(sub_groups)];
+      const std::int32_t context = chunk.chunk_start + chunk.chunk_tokens, past_pages = chunk.chunk_start / p;
+      DenseReason want = DenseReason::kNone;
+      if (chunk.chunk_tokens > 0 && past_pages == 0) {
+        want = DenseReason::kFirstChunk;
+      } else if (chunk.chunk_tokens > 0 && context < c.input.crossover.min_context_tokens) {
+        want = DenseReason::kShortContext;
+      } else if (chunk.chunk_tokens > 0 && cost[tree] * (1024 + c.input.crossover.margin_1024ths) >=
+                                               1024 * unit_cost(c.input.options.cost, chunk.chunk_tokens,
+                                                                sizes.heads_per_unit, (context + p - 1) / p, p)) {
+        want = DenseReason::kHighDensity;
+      }
+      ASSERT_EQ(step.reasons[tree], want) << "seed " << seed << " tree " << tree << ": " << c.text();
+      ++counts[static_cast<std::size_t>(want)];
+      const UnionStats& stats = step.stats[tree];
+      if (want == DenseReason::kShortContext || want == DenseReason::kHighDensity) {
+        ASSERT_TRUE(units[tree] == 1 && dense_units[tree] == 1)
+            << "seed " << seed << " tree " << tree << ": " << c.text();
+        ASSERT_EQ(stats.listed_row_pages, stats.visible_row_pages);
+      } else {
+        ASSERT_EQ(stats.listed_row_pages, lists.stats[tree].listed_row_pages);
+      }
+    }
+  }
+  for (const DenseReason reason :
+       {DenseReason::kNone, DenseReason::kFirstChunk, DenseReason::kShortContext, DenseReason::kHighDensity}) {
+    EXPECT_GT(counts[static_cast<std::size_t>(reason)], 200) << dense_reason_name(reason);
   }
 }
 

@@ -35,6 +35,7 @@ struct MeanKeyArgs {
   std::int32_t group = 1;
   std::int32_t page_tokens = 0;
   std::int32_t max_blocks = 0;
+  std::int32_t max_pairs = 0;
   std::int32_t words_per_row = 0;
   float scale_log2 = 0;  // softmax scale * log2(e)
   float inverse_scale = 0;

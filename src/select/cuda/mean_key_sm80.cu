@@ -5,6 +5,8 @@
 //   Q          fragments in registers, loaded once through stages 1 and 2 of the ring
 //   ring       3 stages of 64 means, gathered through the page table by cp.async
 //   row        maximum and sum in base 2, as in flash attention; nothing is rescaled but the sum
+//   candidates what reaches a row's running cut goes to a list of the warp, 24 to 32 entries a row, and is judged again
+//              at the end. A full list costs the tile a second pass over all pages
 //
 // The vote is an OR of rows, so warps meet only in the mask words, by integer atomics: same input, same bits.
 #include <cmath>
@@ -117,7 +119,8 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
   const auto tile_idx = static_cast<std::int32_t>(blockIdx.x);
   if (tile_idx >= args.tables.header->num_blocks * args.num_kv_heads) return;
   if (threadIdx.x == 0) {
-    tile = find_tile(args, tile_idx);
+    const std::int32_t block_idx = tile_idx / args.num_kv_heads;  // KV heads of a block side by side
+    tile = find_tile(args, block_idx, tile_idx - block_idx * args.num_kv_heads);
     num_scored = tile.end;
     num_bad_rows = 0;
   }

@@ -25,9 +25,11 @@ struct StepShape {
   std::int32_t block_tokens = 0;  // Bq, a power of two that divides P
   std::int32_t span_tokens = 0;   // 0: one span, the whole chunk
   std::int32_t max_blocks = 0;
+  std::int32_t max_pairs = 0;
   std::int32_t max_spans = 0;
   std::int32_t words_per_row = 0;
-  std::int32_t list_capacity = 0;  // entries of a list
+  std::int32_t list_capacity = 0;       // entries of a list
+  std::int32_t min_context_tokens = 0;  // below: all pages, without selection
 };
 
 // A chunk and the places of its query blocks and spans. A chunk with a mistake has no tokens; its places stay empty.
@@ -39,12 +41,22 @@ struct StepChunk {
   std::int32_t first_block = 0;
   std::int32_t first_span = 0;
   std::int32_t num_spans = 0;
-  std::int32_t reserved = 0;
+  std::int32_t is_short = 0;  // below min_context_tokens
 };
 static_assert(sizeof(StepChunk) == 32);
 
+// Two neighbouring query blocks of a chunk, or its last one alone: they want the same mean keys. Everything that a CTA
+// wants to know lies here, so that it waits for memory once.
+struct BlockPair {
+  std::int32_t first_block = 0;
+  std::int32_t num_blocks = 0;  // 0: nothing to do
+  QueryBlock blocks[2] = {};
+  StepChunk chunk;
+};
+
 struct StepHeader {
   std::int32_t num_blocks = 0;
+  std::int32_t num_pairs = 0;
   std::int32_t num_units = 0;  // places of units, those that a merge leaves empty included
 };
 
@@ -52,7 +64,10 @@ struct StepTables {
   StepHeader* header = nullptr;  // [1]
   StepChunk* chunks = nullptr;   // [num_chunks]
   QueryBlock* blocks = nullptr;  // [max_blocks]  tokens 0: nothing to do
+  BlockPair* pairs = nullptr;    // [max_pairs]
 };
+
+CA_HOST_DEVICE constexpr std::int32_t num_block_pairs(std::int32_t num_blocks) { return (num_blocks + 1) / 2; }
 
 // Runs of positions with equal floor(position / length) that [start, start + tokens) meets; length 0: one run.
 CA_HOST_DEVICE constexpr std::int32_t num_runs(std::int32_t start, std::int32_t tokens, std::int32_t length) {

@@ -26,6 +26,10 @@ Status build_page_lists_cuda(const CudaStepInput&, const std::uint64_t*, const C
   return no_cuda();
 }
 
+Status build_dense_lists_cuda(const CudaStepInput&, const CudaPageLists&, void*, std::int64_t, void*) {
+  return no_cuda();
+}
+
 Status page_means_cuda(const CudaStepInput&, const PagedKvView&, void*, std::int32_t*, void*) { return no_cuda(); }
 
 }  // namespace compact

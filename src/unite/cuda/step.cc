@@ -111,6 +111,28 @@ Status check_select(const CudaStepInput& input, const CudaMeanKeyInput& select) 
   return check_stride("q_head_stride", select.q_head_stride, input.num_q_heads);
 }
 
+// Lists from `mask`; null: of all pages.
+Status unite(const StepLayout& layout, const CudaStepInput& input, const std::uint64_t* mask,
+             const CudaPageLists& lists, void* workspace, std::int64_t workspace_bytes, void* stream) {
+  CA_RETURN_IF_ERROR(check_pointer("lists.num_units", lists.num_units, alignof(std::int32_t)));
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (layout.unite_trees == 0) {
+    return cuda_status(cudaMemsetAsync(lists.num_units, 0, sizeof(std::int32_t), cuda_stream), "no units");
+  }
+  CA_RETURN_IF_ERROR(check_step_pointers(input));
+  if (layout.sizes.max_units > 0) {  // without query rows there are no units, but sums of every chunk
+    CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
+    CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
+  }
+  CA_RETURN_IF_ERROR(check_pointer("lists.stats", lists.stats, alignof(UnionStats)));
+  CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
+  CA_ASSIGN_OR_RETURN(const int major, device_major());
+  UniteArgs args = unite_args(layout, input, mask, lists, workspace);
+  args.dense = mask == nullptr;
+  return cuda_status(launch_unite(args, layout.unite_trees, major >= kPdlMajor, cuda_stream),
+                     "launch of the union kernel");
+}
+
 }  // namespace
 
 Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input) {
@@ -157,6 +179,7 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
                          .group = s.group,
                          .page_tokens = s.page_tokens,
                          .max_blocks = s.max_blocks,
+                         .max_pairs = s.max_pairs,
                          .words_per_row = s.words_per_row,
                          .scale_log2 = static_cast<float>(select.softmax_scale * std::numbers::log2e),
                          .inverse_scale = static_cast<float>(1 / (select.softmax_scale * std::numbers::log2e)),
@@ -173,23 +196,15 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
 Status build_page_lists_cuda(const CudaStepInput& input, const std::uint64_t* mask, const CudaPageLists& lists,
                              void* workspace, std::int64_t workspace_bytes, void* stream) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
-  CA_RETURN_IF_ERROR(check_pointer("lists.num_units", lists.num_units, alignof(std::int32_t)));
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (layout.unite_trees == 0) {
-    return cuda_status(cudaMemsetAsync(lists.num_units, 0, sizeof(std::int32_t), cuda_stream), "no units");
-  }
-  CA_RETURN_IF_ERROR(check_step_pointers(input));
-  if (layout.sizes.max_units > 0) {  // without query rows there are neither units nor a mask, but sums of every chunk
-    CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
-    CA_RETURN_IF_ERROR(check_pointer("lists.units", lists.units, alignof(AttentionUnit)));
-    CA_RETURN_IF_ERROR(check_pointer("lists.page_ids", lists.page_ids, alignof(std::int32_t)));
-  }
-  CA_RETURN_IF_ERROR(check_pointer("lists.stats", lists.stats, alignof(UnionStats)));
-  CA_RETURN_IF_ERROR(check_workspace(layout, workspace, workspace_bytes));
-  CA_ASSIGN_OR_RETURN(const int major, device_major());
-  const UniteArgs args = unite_args(layout, input, mask, lists, workspace);
-  return cuda_status(launch_unite(args, layout.unite_trees, major >= kPdlMajor, cuda_stream),
-                     "launch of the union kernel");
+  // Without query rows there is no mask.
+  if (layout.sizes.max_units > 0) CA_RETURN_IF_ERROR(check_pointer("mask", mask, alignof(std::uint64_t)));
+  return unite(layout, input, mask, lists, workspace, workspace_bytes, stream);
+}
+
+Status build_dense_lists_cuda(const CudaStepInput& input, const CudaPageLists& lists, void* workspace,
+                              std::int64_t workspace_bytes, void* stream) {
+  CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
+  return unite(layout, input, nullptr, lists, workspace, workspace_bytes, stream);
 }
 
 Status page_means_cuda(const CudaStepInput& input, const PagedKvView& kv, void* mean_k, std::int32_t* mean_tokens,

@@ -54,6 +54,10 @@ Status check_numbers(const CudaStepInput& input) {
     return missing("max_context_tokens is {}: {} pages; kernels exist for {}", input.max_context_tokens, most_pages,
                    kMaxMaskWords * 64);
   }
+  if (input.crosses_over && (input.crossover.min_context_tokens < 0 || input.crossover.margin_1024ths < 0)) {
+    return wrong("crossover: min_context_tokens is {}, margin_1024ths {}; 0 or more",
+                 input.crossover.min_context_tokens, input.crossover.margin_1024ths);
+  }
   if (input.options.list_dropped)
     return missing("union options: list_dropped; lists of dropped pages are made on the CPU");
   return {};
@@ -64,7 +68,7 @@ Status check_numbers(const CudaStepInput& input) {
 StepTables StepLayout::tables(void* workspace) const {
   char* base = static_cast<char*>(workspace);
   return {reinterpret_cast<StepHeader*>(base + header), reinterpret_cast<StepChunk*>(base + chunks),
-          reinterpret_cast<QueryBlock*>(base + blocks)};
+          reinterpret_cast<QueryBlock*>(base + blocks), reinterpret_cast<BlockPair*>(base + pairs)};
 }
 
 Result<StepLayout> lay_out_step(const CudaStepInput& input) {
@@ -95,6 +99,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   s.span_tokens = span_tokens_of(input.options, heads.heads_per_unit);
   s.words_per_row = words_for_bits(input.max_context_tokens / input.page_tokens);
   s.list_capacity = num_runs(0, input.max_context_tokens, input.page_tokens);
+  s.min_context_tokens = input.crosses_over ? input.crossover.min_context_tokens : 0;
   const std::int64_t max_blocks = most_runs(input.num_q_tokens, input.num_chunks, s.block_tokens);
   const std::int64_t max_spans = most_runs(input.num_q_tokens, input.num_chunks, s.span_tokens);
   const std::int64_t max_units = max_spans * s.sub_groups;
@@ -107,6 +112,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
                  s.list_capacity);
   }
   s.max_blocks = static_cast<std::int32_t>(max_blocks);
+  s.max_pairs = static_cast<std::int32_t>(std::min(max_blocks, (max_blocks + s.num_chunks + 1) / 2));
   s.max_spans = static_cast<std::int32_t>(max_spans);
   layout.plan_ctas = s.num_chunks;
   layout.select_tiles = s.max_blocks * s.num_kv_heads;
@@ -121,6 +127,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   layout.header = take(sizeof(StepHeader));
   layout.chunks = take(std::int64_t{s.num_chunks} * std::int64_t{sizeof(StepChunk)});
   layout.blocks = take(max_blocks * std::int64_t{sizeof(QueryBlock)});
+  layout.pairs = take(std::int64_t{s.max_pairs} * std::int64_t{sizeof(BlockPair)});
   layout.nodes = take(max_nodes * std::int64_t{sizeof(UniteNode)});
   layout.node_words = take(max_nodes * s.words_per_row * std::int64_t{sizeof(std::uint64_t)});
   sizes.block_tokens = s.block_tokens;
@@ -156,6 +163,8 @@ UniteArgs unite_args(const StepLayout& layout, const CudaStepInput& input, const
           .forced = input.forced,
           .adaptive = input.options.mode == UnionMode::kAdaptive,
           .max_inflation_1024ths = input.options.max_inflation_1024ths,
+          .crosses_over = input.crosses_over,
+          .margin_1024ths = input.crossover.margin_1024ths,
           .cost = input.options.cost,
           .node_words = reinterpret_cast<std::uint64_t*>(base + layout.node_words),
           .nodes = reinterpret_cast<UniteNode*>(base + layout.nodes),

@@ -18,6 +18,7 @@ struct StepLayout {
   std::int64_t header = 0;      // byte offsets
   std::int64_t chunks = 0;      // StepChunk [B]
   std::int64_t blocks = 0;      // QueryBlock [max_blocks]
+  std::int64_t pairs = 0;       // BlockPair [max_pairs]
   std::int64_t nodes = 0;       // UniteNode [max_nodes]
   std::int64_t node_words = 0;  // [max_nodes, words_per_row]
 

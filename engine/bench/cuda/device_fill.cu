@@ -1,7 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "benchmarks/device_fill.h"
+#include "engine/bench/cuda/device_fill.h"
 
 namespace compact::bench {
 namespace {

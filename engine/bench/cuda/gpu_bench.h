@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "benchmarks/device_fill.h"
 #include "compact/attention_cuda.h"
+#include "engine/bench/cuda/device_fill.h"
 #include "src/core/bf16.h"
 
 namespace compact::bench {
