@@ -118,6 +118,40 @@ def task_accuracy_table(figures: dict) -> str:
                       f"(configuration {figures['digest']})."])
 
 
+def compare_table(figures: dict) -> str:
+    """Selectors at equal density: accuracy, and the mass that they keep beside the oracle's."""
+    name = lambda row: row["selector"].split(":")[0]
+    wanted = sorted({row["target"] for row in figures["rows"] if row["target"]})
+    rows = {}
+    for row in figures["rows"]:
+        rows.setdefault(name(row), {})[row["target"]] = row
+    hardest = figures["tasks"][-1]
+    lines = ["| selector | " + " | ".join(f"at density {target:g}" for target in wanted) + " |", "|---|" + "---|" * len(wanted)]
+    for selector, of in sorted(rows.items(), key=lambda item: -next(iter(item[1].values()))["accuracy"]):
+        if selector == "dense":
+            continue
+        cells = [f"{row['accuracy']:.0f}, {row['tasks'][hardest]:.0f} ({row['density']:.2f}, x{row['union_inflation']:.2f}; "
+                 + ("-)" if selector == "static" else f"{row['vs_oracle']:.2f})") for row in (of[target] for target in wanted)]
+        lines.append(f"| {selector} | " + " | ".join(cells) + " |")
+    dense = rows["dense"][0.0]
+    return "\n".join([*lines, "", f"`assets/eval`, {dense['tokens']:,} tokens: percent of answers right, mean of {', '.join(figures['tasks'])}, and of {hardest} alone (dense: "
+                      f"{dense['accuracy']:.0f}, {dense['tasks'][hardest]:.0f}; {dense['samples']} samples). In brackets the density after the union that was read, the union's inflation, and the "
+                      "attention mass of the chosen pages over that of as many best ones. All selectors by the same chunks, pages, forced pages and union.", "", elsewhere(figures)])
+
+
+def selectors_table(figures: dict) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in figures["rows"]))
+    rows = {}
+    for row in figures["rows"]:
+        rows.setdefault(row["selector"], {})[row["task"]] = row
+    lines = ["| selector | density | inflation | " + " | ".join(tasks) + " |", "|---|---|---|" + "---|" * len(tasks)]
+    for selector, of in rows.items():
+        first = of[tasks[0]]
+        lines.append(f"| {selector} | {first['density']:.3f} | {first['union_inflation']:.2f} | "
+                     + " | ".join(f"{of[task]['accuracy']:.0f} ({of[task]['samples']})" for task in tasks) + " |")
+    return "\n".join([*lines, "", f"`assets/eval`, {figures['rows'][0]['tokens']:,} tokens, percent right (samples), budgets before the union.", "", elsewhere(figures)])
+
+
 def attention_table(figures: dict) -> str:
     sgemm = figures["sgemm"]
     lines = [f"Rates of this shared machine drift by 15 % and more within a run. sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
@@ -268,6 +302,15 @@ def tables() -> None:
                      "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
                      "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
                      "table.", ""]
+    compare, selectors = load("compare_eval_8k"), load("selectors_eval_32k")
+    if compare:
+        replace_block(ROOT / "README.md", "selectors", compare_table(compare))
+        recorded += ["## Selectors at equal density, `compare_eval_8k.json`", "", compare_table(compare), "",
+                     "![Accuracy of selectors against density](../docs/images/compare_eval_8k.svg)", "",
+                     "In the right half of the picture the step is that of `--backend cuda` with selection on the CPU (all but dense and mean-key's default rule), "
+                     "so it compares what selectors cost there with each other, not with dense.", ""]
+    if selectors:
+        recorded += ["## Selectors at 32K, `selectors_eval_32k.json`", "", selectors_table(selectors), ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
@@ -282,11 +325,9 @@ def tables() -> None:
     if append_gpu:
         recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]
     if prefill_gpu:
-        recorded += ["## A whole model on one GPU, `prefill_gpu.json`", "", prefill_gpu_table(prefill_gpu), ""]
         replace_block(ROOT / "README.md", "prefill", prefill_gpu_table(prefill_gpu))
-    prefill_qwen3 = load("prefill_gpu_qwen3")
-    if prefill_qwen3:
-        recorded += ["## The same for Qwen3-8B, `prefill_gpu_qwen3.json`", "", prefill_gpu_table(prefill_qwen3), ""]
+        recorded += ["## A whole model on one GPU, `prefill_gpu.json`, `prefill_gpu_qwen3.json`", "", prefill_gpu_table(prefill_gpu), "",
+                     prefill_gpu_table(load("prefill_gpu_qwen3")), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     if sdpa:
