@@ -13,6 +13,7 @@ using CommandBody = std::function<Status()>;
 CommandBody add_run_command(CLI::App& app);
 CommandBody add_demo_command(CLI::App& app);
 CommandBody add_eval_command(CLI::App& app);
+CommandBody add_calibrate_command(CLI::App& app);
 CommandBody add_bench_command(CLI::App& app);
 CommandBody add_doctor_command(CLI::App& app);
 

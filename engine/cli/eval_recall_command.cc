@@ -31,7 +31,8 @@ struct RecallFlags {
 
 // What a selector may set for itself: all selectors see the same pages.
 Result<std::vector<RecallSelector>> make_selectors(const RecallFlags& flags, const SessionOptions& shared) {
-  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> runs, flags.selectors.resolve(flags.generate));
+  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> runs,
+                      flags.selectors.resolve(flags.generate, flags.model_directory));
   std::vector<RecallSelector> selectors;
   for (const SelectorRun& run : runs) {
     CA_RETURN_IF_ERROR(check_same_pages(run, shared));
@@ -71,7 +72,7 @@ Result<Prompts> generate_prompts(const RecallFlags& flags, const LoadedModel& mo
 }
 
 Status eval_recall(const RecallFlags& flags) {
-  CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve());
+  CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve(flags.model_directory));
   CA_ASSIGN_OR_RETURN(const std::vector<RecallSelector> selectors, make_selectors(flags, shared));
   CA_RETURN_IF_ERROR(flags.report.check());
   CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));

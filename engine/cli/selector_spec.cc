@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "engine/cli/files.h"
+#include "engine/eval/digest.h"
+
 namespace compact::engine {
 
 std::vector<std::string> split_list(std::string_view text, char separator) {
@@ -67,6 +70,11 @@ nlohmann::json prefill_flag_values(GenerateFlags flags) {
     if (name == "help" || name == "threads") continue;
     option->capture_default_str();  // the variable's value now
     values[name] = option->get_default_str();
+  }
+  // A file counts by what is in it, not by its name; one that cannot be read is refused elsewhere.
+  if (!flags.calibration.empty()) {
+    const auto text = read_text_file(flags.calibration);
+    values["calibration"] = text.ok() ? hex_digest(fnv1a64(*text)) : flags.calibration;
   }
   return values;
 }

@@ -23,10 +23,9 @@ using Curves = std::vector<std::vector<KeptShare>>;  // [layers x mask heads][st
 constexpr const char* kFormat = "compact calibration 1";
 
 // All pages, then 1e-4 to 0.9 in steps of 1.46.
-constexpr std::array<float, 26> kLadder = {0,       1e-4F,   1.5e-4F, 2.1e-4F, 3.1e-4F, 4.5e-4F, 6.6e-4F,
-                                           9.7e-4F, 1.4e-3F, 2.1e-3F, 3e-3F,   4.4e-3F, 6.4e-3F, 9.4e-3F,
-                                           0.0137F, 0.02F,   0.029F,  0.043F,  0.062F,  0.091F,  0.13F,
-                                           0.19F,   0.28F,   0.42F,   0.61F,   0.9F};
+constexpr std::array<float, 26> kLadder = {
+    0,       1e-4F,   1.5e-4F, 2.1e-4F, 3.1e-4F, 4.5e-4F, 6.6e-4F, 9.7e-4F, 1.4e-3F, 2.1e-3F, 3e-3F, 4.4e-3F, 6.4e-3F,
+    9.4e-3F, 0.0137F, 0.02F,   0.029F,  0.043F,  0.062F,  0.091F,  0.13F,   0.19F,   0.28F,   0.42F, 0.61F,   0.9F};
 
 KeptShare mean_of(const Curves& curves, const std::vector<std::size_t>& steps) {
   KeptShare mean;
@@ -64,9 +63,7 @@ class LadderMeter {
     if (past_pages == 0) return {};
     const std::span<const ChunkView> chunks(&step.chunk, 1);
     for (std::size_t i = 0; i < selectors_.size(); ++i) {
-      CA_RETURN_IF_ERROR(selectors_[i]->select({chunks, step.q, step.cache.summaries(step.layer), kv.page_tokens,
-                                                step.softmax_scale, kv, step.layer, forced_},
-                                               mask_, step.pool));
+      CA_RETURN_IF_ERROR(selectors_[i]->select(select_input(step, kv, chunks, forced_), mask_, step.pool));
       if (i == 0) CA_RETURN_IF_ERROR(begin_step(step, kv, chunks));
       add_mask(step, kv.page_tokens, past_pages, i);
     }
@@ -97,12 +94,9 @@ class LadderMeter {
     // Rows of a mask are blocks of a power of two tokens at absolute edges: the longest tells which.
     std::int32_t block_tokens = 1;
     while (make_query_blocks(chunks, block_tokens).size() > mask_.blocks.size()) block_tokens *= 2;
-    return compute_page_mass({.chunks = chunks,
-                              .q = step.q,
-                              .kv = kv,
-                              .softmax_scale = step.softmax_scale,
-                              .block_tokens = block_tokens},
-                             mass_, step.pool);
+    return compute_page_mass(
+        {.chunks = chunks, .q = step.q, .kv = kv, .softmax_scale = step.softmax_scale, .block_tokens = block_tokens},
+        mass_, step.pool);
   }
 
   void add_mask(const AttentionStep& step, std::int32_t page_tokens, std::int32_t past_pages, std::size_t ladder_step) {
@@ -157,9 +151,10 @@ Status prefill_with_meter(const CalibrationInput& input, LadderMeter& meter, Thr
     if (input.on_prompt) input.on_prompt(prompt);
   }
   if (meter.num_heads() > 0) return {};
-  return invalid_argument(fmt::format("no prompt has a page before its last chunk: nothing to choose from\n"
-                                      "  try: prompts of more than {} tokens, or a smaller --chunk",
-                                      input.session.chunk_tokens + input.session.page_tokens));
+  return invalid_argument(
+      fmt::format("no prompt has a page before its last chunk: nothing to choose from\n"
+                  "  try: prompts of more than {} tokens, or a smaller --chunk",
+                  input.session.chunk_tokens + input.session.page_tokens));
 }
 
 SparsityOptions with_steps(const CalibrationInput& input, const std::vector<std::size_t>& steps,
@@ -182,9 +177,9 @@ Result<std::vector<std::size_t>> steps_for_lists(const CalibrationInput& input, 
     const auto steps = steps_at_density(curves, share * input.target.value);
     tried.push_back({fmt::format("{}", share), with_steps(input, steps, num_heads)});
   }
-  CA_ASSIGN_OR_RETURN(const std::vector<GroupRecall> groups,
-                      measure_recall(input.model, input.prompts, tried, input.session, RecallMeasure::kDensity,
-                                     input.on_prompt, pool));
+  CA_ASSIGN_OR_RETURN(
+      const std::vector<GroupRecall> groups,
+      measure_recall(input.model, input.prompts, tried, input.session, RecallMeasure::kDensity, input.on_prompt, pool));
   std::vector<SweepPoint> points;
   for (std::size_t i = 0; i < tried.size(); ++i) {
     points.emplace_back(std::log(kBeforeUnion[i]), groups.front().selectors[i].stats().density());
@@ -267,7 +262,8 @@ Json to_json(const Calibration& calibration) {
   for (std::int32_t layer = 0; layer < calibration.num_layers; ++layer) {
     Json heads = Json::array();
     for (std::int32_t head = 0; head < calibration.num_heads; ++head) {
-      const HeadCalibration& of_head = calibration.heads[static_cast<std::size_t>(layer * calibration.num_heads + head)];
+      const HeadCalibration& of_head =
+          calibration.heads[static_cast<std::size_t>(layer * calibration.num_heads + head)];
       // As short as it can be written and still be this float.
       heads.push_back({{"threshold", std::stod(fmt::format("{}", of_head.threshold))},
                        {"density", rounded(of_head.kept.density)},
@@ -296,8 +292,9 @@ Result<Calibration> parse_calibration(std::string_view text, std::string_view fi
       const Json::array_t& heads = layer.at("heads").get_ref<const Json::array_t&>();
       const auto count = static_cast<std::int32_t>(heads.size());
       if (count < 1 || (calibration.num_heads > 0 && calibration.num_heads != count)) {
-        return io_error(fmt::format("{}: a layer has {} heads, another {}\n  allowed: the same number for all, 1 or more",
-                                    file_name, count, calibration.num_heads));
+        return io_error(
+            fmt::format("{}: a layer has {} heads, another {}\n  allowed: the same number for all, 1 or more",
+                        file_name, count, calibration.num_heads));
       }
       calibration.num_heads = count;
       for (const Json& head : heads) {
@@ -324,12 +321,13 @@ Result<Calibration> load_calibration(const std::filesystem::path& path) {
 
 Status check_calibration_model(const Calibration& calibration, const std::string& model, const ModelConfig& config) {
   if (calibration.model != model) {
-    return invalid_argument(fmt::format("the calibration was fitted on checkpoint {}; this one is {}\n"
-                                        "  try: compact calibrate on this checkpoint",
-                                        calibration.model, model));
+    return invalid_argument(
+        fmt::format("the calibration was fitted on checkpoint {}; this one is {}\n"
+                    "  try: compact calibrate on this checkpoint",
+                    calibration.model, model));
   }
-  const bool heads_fit = calibration.num_heads == config.num_attention_heads ||
-                         calibration.num_heads == config.num_key_value_heads;
+  const bool heads_fit =
+      calibration.num_heads == config.num_attention_heads || calibration.num_heads == config.num_key_value_heads;
   if (calibration.num_layers == config.num_hidden_layers && heads_fit) return {};
   return invalid_argument(
       fmt::format("the calibration has {} layers x {} heads\n  allowed: {} layers x {} query heads or {} KV heads",
@@ -362,9 +360,9 @@ Result<CalibrationFit> fit_calibration(const CalibrationInput& input, ThreadPool
   }
 
   const std::vector<RecallSelector> found = {{"calibrated", with_steps(input, steps, fit.num_heads)}};
-  CA_ASSIGN_OR_RETURN(const std::vector<GroupRecall> groups,
-                      measure_recall(input.model, input.prompts, found, input.session, RecallMeasure::kMass,
-                                     input.on_prompt, pool));
+  CA_ASSIGN_OR_RETURN(
+      const std::vector<GroupRecall> groups,
+      measure_recall(input.model, input.prompts, found, input.session, RecallMeasure::kMass, input.on_prompt, pool));
   const SelectorRecall& measured = groups.front().selectors.front();
   fit.density = measured.stats().density();
   fit.union_inflation = measured.stats().union_inflation();

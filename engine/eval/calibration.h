@@ -2,7 +2,8 @@
 ///
 /// One threshold for all starves some heads and wastes pages on others. The fit measures, for every (layer, mask head),
 /// which share of the past and of the exact attention mass a threshold keeps, over a ladder of thresholds. Then
-///   target density  every head takes the step of the ladder with the largest  mass - price * density;  the price is the
+///   target density  every head takes the step of the ladder with the largest  mass - price * density;  the price is
+///   the
 ///                   same for all and such that the lists after the union read the wanted share of the past
 ///   target mass     every head takes the largest threshold that keeps the wanted mass
 /// Lists, unions and masses are those of a dense prefill, as in recall (recall.h).
@@ -50,9 +51,9 @@ struct Calibration {
   nlohmann::json flags;  // what else shapes the scores: flag -> value
   std::int32_t page_tokens = 0;
   std::int32_t num_layers = 0;
-  std::int32_t num_heads = 0;           // mask heads: Hq, or Hkv where the heads of a KV head share rows
-  std::vector<HeadCalibration> heads;   // [num_layers, num_heads]
-  nlohmann::json fitted;                // prompts, tokens, target, and what came out: for people
+  std::int32_t num_heads = 0;          // mask heads: Hq, or Hkv where the heads of a KV head share rows
+  std::vector<HeadCalibration> heads;  // [num_layers, num_heads]
+  nlohmann::json fitted;               // prompts, tokens, target, and what came out: for people
 
   /// For SelectorOptions.
   [[nodiscard]] HeadThresholds thresholds() const;
