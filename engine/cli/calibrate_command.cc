@@ -1,4 +1,4 @@
-/// `compact calibrate`: thresholds per layer and head, fitted on the user's own prompts.
+/// `compact calibrate`: budgets per layer and head, fitted on the user's own prompts.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -26,6 +26,7 @@ struct CalibrateFlags {
   std::string model_directory;
   std::vector<std::string> prompts;
   std::string selector = "mean-key";
+  std::string rule = "top";
   std::string target = "density=0.1";
   std::string output;
   GenerateFlags generate;
@@ -65,7 +66,7 @@ Result<std::vector<RecallPrompt>> read_prompts(const std::vector<std::filesystem
 
 std::string fit_table(const CalibrationFit& fit) {
   std::string text =
-      "| layer | thresholds, lowest to highest | density before the union, lowest to highest | mass, lowest head |\n"
+      "| layer | values, lowest to highest | density before the union, lowest to highest | mass, lowest head |\n"
       "|---|---|---|---|\n";
   for (std::int32_t layer = 0; layer < fit.num_layers; ++layer) {
     const auto begin = fit.heads.begin() + layer * fit.num_heads;
@@ -75,26 +76,27 @@ std::string fit_table(const CalibrationFit& fit) {
           begin, end, [&](const HeadCalibration& a, const HeadCalibration& b) { return value(a) < value(b); });
       return std::pair(value(*low), value(*high));
     };
-    const auto thresholds = range([](const HeadCalibration& head) { return head.threshold; });
+    const auto values = range([](const HeadCalibration& head) { return head.value; });
     const auto densities = range([](const HeadCalibration& head) { return head.kept.density; });
     const auto masses = range([](const HeadCalibration& head) { return head.kept.mass; });
-    text += fmt::format("| {} | {:.4g} to {:.4g} | {:.3f} to {:.3f} | {:.4f} |\n", layer, thresholds.first,
-                        thresholds.second, densities.first, densities.second, masses.first);
+    text += fmt::format("| {} | {:.4g} to {:.4g} | {:.3f} to {:.3f} | {:.4f} |\n", layer, values.first, values.second,
+                        densities.first, densities.second, masses.first);
   }
-  return text +
-         fmt::format(
-             "\nbefore the union: density {:.3f} with mass {:.4f}; one threshold for all ({:.4g}): density {:.3f} "
-             "with mass {:.4f}\nlists: density {:.3f}, union inflation {:.2f}, recall {:.4f}\n",
-             fit.mean.density, fit.mean.mass, fit.single_threshold, fit.single.density, fit.single.mass, fit.density,
-             fit.union_inflation, fit.recall);
+  return text + fmt::format(
+                    "\nbefore the union: density {:.3f} with mass {:.4f}; one value for all ({:.4g}): density {:.3f} "
+                    "with mass {:.4f}\nlists: density {:.3f}, union inflation {:.2f}, recall {:.4f}\n",
+                    fit.mean.density, fit.mean.mass, fit.single_value, fit.single.density, fit.single.mass, fit.density,
+                    fit.union_inflation, fit.recall);
 }
 
 Status calibrate(const CalibrateFlags& flags) {
   CA_ASSIGN_OR_RETURN(const CalibrationTarget target, parse_calibration_target(flags.target));
+  CA_ASSIGN_OR_RETURN(const BudgetKind budget, parse_calibration_budget(flags.rule));
   CA_ASSIGN_OR_RETURN(const GenerateFlags own, parse_selector_spec(flags.generate, flags.selector));
   if (own.share >= 0 || own.alpha >= 0 || own.lift >= 0 || own.budget != "native" || !own.calibration.empty()) {
     return invalid_argument(
-        "calibrate finds the thresholds\n  allowed: without --share, --alpha, --lift, --budget and --calibration");
+        "calibrate finds the budget of every head\n  allowed: without --share, --alpha, --lift, --budget and "
+        "--calibration");
   }
   CA_ASSIGN_OR_RETURN(const GenerateOptions options, own.resolve(flags.model_directory));
   CA_RETURN_IF_ERROR(check_writable(flags.output));
@@ -116,6 +118,7 @@ Status calibrate(const CalibrateFlags& flags) {
       fit_calibration({.model = model.transformer,
                        .prompts = prompts,
                        .session = options,
+                       .budget = budget,
                        .target = target,
                        .on_prompt = [&](const RecallPrompt& prompt) { bar.advance(cost(prompt), own.selector); }},
                       pool));
@@ -124,6 +127,7 @@ Status calibrate(const CalibrateFlags& flags) {
   CA_ASSIGN_OR_RETURN(calibration.model, model_digest(flags.model_directory));
   calibration.selector = own.selector;
   calibration.flags = score_flag_values(own);
+  calibration.budget = budget;
   calibration.page_tokens = options.page_tokens;
   calibration.num_layers = fit.num_layers;
   calibration.num_heads = fit.num_heads;
@@ -146,12 +150,16 @@ Status calibrate(const CalibrateFlags& flags) {
 CommandBody add_calibrate_command(CLI::App& app) {
   const auto flags = std::make_shared<CalibrateFlags>();
   CLI::App* command =
-      app.add_subcommand("calibrate", "Fit a selector's thresholds per layer and head on your own prompts");
+      app.add_subcommand("calibrate", "Fit a selector's budget of every layer and head on your own prompts");
   add_model_to(*command, flags->model_directory);
   command->add_option("--prompts", flags->prompts, "Text files, each a prompt, or folders of them")->required();
   command
       ->add_option("--selector", flags->selector,
                    "The selector, with flags that shape its scores, e.g. mean-key or sub-mean:peak-weight=0.2")
+      ->capture_default_str();
+  command
+      ->add_option("--rule", flags->rule,
+                   "What a head gets: threshold (of its scores), top (a share of the pages) or mass (of its scores)")
       ->capture_default_str();
   command
       ->add_option("--target", flags->target,

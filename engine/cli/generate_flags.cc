@@ -69,7 +69,7 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
   command.add_option("--gate-threshold", gate_threshold, "seer: probability that a page's block must exceed")
       ->capture_default_str();
   command.add_option("--calibration", calibration,
-                     "Thresholds per layer and head, a file of compact calibrate for this checkpoint and selector");
+                     "Budgets per layer and head, a file of compact calibrate for this checkpoint and selector");
   command
       .add_option(
           "--mode", mode,
@@ -123,7 +123,7 @@ nlohmann::json score_flag_values(const GenerateFlags& flags) {
 Status GenerateFlags::apply_calibration(const std::filesystem::path& model_directory, GenerateOptions& resolved) const {
   if (share >= 0 || alpha >= 0 || lift >= 0 || resolved.sparsity.selector.budget.kind != BudgetKind::kNative) {
     return invalid_argument(
-        "--calibration brings the thresholds\n  allowed: without --share, --alpha, --lift and --budget");
+        "--calibration brings the budget of every head\n  allowed: without --share, --alpha, --lift and --budget");
   }
   CA_ASSIGN_OR_RETURN(const Calibration fitted, load_calibration(calibration));
   const auto differs = [this](const char* what, const std::string& theirs, const std::string& ours) {
@@ -144,7 +144,7 @@ Status GenerateFlags::apply_calibration(const std::filesystem::path& model_direc
   CA_ASSIGN_OR_RETURN(const std::string digest, model_digest(model_directory));
   CA_ASSIGN_OR_RETURN(const ModelConfig config, load_model_config(model_directory));
   CA_RETURN_IF_ERROR(check_calibration_model(fitted, digest, config));
-  resolved.sparsity.selector.budget = {.kind = BudgetKind::kThreshold};
+  resolved.sparsity.selector.budget = {.kind = fitted.budget};
   resolved.sparsity.selector.thresholds = fitted.thresholds();
   return {};
 }

@@ -64,9 +64,15 @@ TEST(Calibration, MassIsKeptByEveryHead) {
   EXPECT_THAT(steps_at_mass(kCurves, 0.985), ElementsAre(1, 0));
 }
 
-TEST(Calibration, LadderBeginsWithEveryPageAndRises) {
-  EXPECT_EQ(threshold_ladder().front(), 0);
-  EXPECT_TRUE(std::is_sorted(threshold_ladder().begin(), threshold_ladder().end()));
+TEST(Calibration, LaddersBeginWithEveryPageAndKeepFewer) {
+  const auto thresholds = budget_ladder(BudgetKind::kThreshold);
+  EXPECT_EQ(thresholds.front(), 0);
+  EXPECT_TRUE(std::is_sorted(thresholds.begin(), thresholds.end()));
+  for (const BudgetKind kind : {BudgetKind::kTopN, BudgetKind::kMass}) {
+    EXPECT_EQ(budget_ladder(kind).front(), 1);
+    EXPECT_TRUE(std::is_sorted(budget_ladder(kind).rbegin(), budget_ladder(kind).rend()));
+  }
+  EXPECT_THAT(parse_calibration_budget("density").status().message(), HasSubstr("allowed: threshold, top, mass"));
 }
 
 TEST(Calibration, TargetsByName) {
@@ -82,18 +88,21 @@ TEST(Calibration, SurvivesItsFile) {
   made.model = "abc";
   made.selector = "sub-mean";
   made.flags = {{"vote", ""}};
+  made.budget = BudgetKind::kMass;
   made.page_tokens = 64;
   made.num_layers = 2;
   made.num_heads = 3;
-  for (int i = 0; i < 6; ++i) made.heads.push_back({threshold_ladder()[static_cast<std::size_t>(i)], {0.5, 0.25}});
+  for (int i = 0; i < 6; ++i)
+    made.heads.push_back({budget_ladder(BudgetKind::kMass)[static_cast<std::size_t>(i)], {0.5, 0.25}});
   made.fitted = {{"prompts", 1}};
   const auto again = parse_calibration(to_json(made).dump(), "test");
   ASSERT_TRUE(again.ok()) << again.status().message();
   EXPECT_EQ(to_json(*again), to_json(made));
   EXPECT_EQ(again->thresholds().values, made.thresholds().values) << "not a bit lost";
-  EXPECT_EQ(again->thresholds().at(1, 2, -1), threshold_ladder()[5]);
-  for (const auto& [key, value] : to_json(made).items()) {
-    nlohmann::json json = to_json(made);
+  EXPECT_EQ(again->thresholds().at(1, 2, -1), budget_ladder(BudgetKind::kMass)[5]);
+  const nlohmann::json whole = to_json(made);
+  for (const auto& [key, value] : whole.items()) {
+    nlohmann::json json = whole;
     json.erase(key);
     EXPECT_FALSE(parse_calibration(json.dump(), "test").ok()) << key;
   }

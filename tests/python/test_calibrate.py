@@ -55,9 +55,9 @@ def test_the_file_says_what_it_is_for(calibration):
     assert file["fitted"]["density"] == pytest.approx(0.3, rel=0.15), "after the union"
     heads = [head for layer in file["layers"] for head in layer["heads"]]
     assert len(file["layers"]) == 4 and len(heads) == 4 * 2  # two KV heads share a row each
-    assert len({head["threshold"] for head in heads}) > 1, "heads differ: that is what a table is for"
+    assert len({head["value"] for head in heads}) > 1, "heads differ: that is what a table is for"
     assert all(0 < head["density"] <= 1 and 0 < head["mass"] <= 1 for head in heads)
-    assert "one threshold for all" in calibration["printed"]
+    assert "one value for all" in calibration["printed"]
 
 
 def test_heads_of_their_own_thresholds_read_no_worse_than_one_threshold(cli, demo_dir, prompts, calibration, tmp_path):
@@ -73,10 +73,11 @@ def test_heads_of_their_own_thresholds_read_no_worse_than_one_threshold(cli, dem
     assert own["recall"] >= numpy.interp(own["density"], densities, recalls) - 0.002
 
 
-def test_mass_is_kept_by_every_head(cli, demo_dir, prompts, tmp_path):
-    calibrate(cli, demo_dir, prompts, tmp_path / "out.json", "--target", "mass=0.9", "--selector", "sub-mean")
+@pytest.mark.parametrize("rule", ["threshold", "top", "mass"])
+def test_mass_is_kept_by_every_head(cli, demo_dir, prompts, tmp_path, rule):
+    calibrate(cli, demo_dir, prompts, tmp_path / "out.json", "--target", "mass=0.9", "--selector", "sub-mean", "--rule", rule)
     file = json.loads((tmp_path / "out.json").read_text())
-    assert file["selector"] == "sub-mean"
+    assert file["selector"] == "sub-mean" and file["budget"] == rule
     assert all(head["mass"] >= 0.9 for layer in file["layers"] for head in layer["heads"])
     assert file["fitted"]["recall"] >= 0.9
 
@@ -113,16 +114,17 @@ BAD_CALIBRATION = {
     "another selector": (lambda file: json.dumps(file), ["--selector", "sub-mean"], "fitted with --selector mean-key"),
     "another page": (lambda file: json.dumps(file), ["--page", 64], "fitted with --page 32; here it is 64"),
     "other scores": (lambda file: json.dumps(file), ["--vote", "mean"], "fitted with --vote"),
-    "a budget": (lambda file: json.dumps(file), ["--budget", "top=0.1"], "brings the thresholds"),
-    "a share": (lambda file: json.dumps(file), ["--share", 0.1], "brings the thresholds"),
+    "a budget": (lambda file: json.dumps(file), ["--budget", "top=0.1"], "brings the budget of every head"),
+    "a share": (lambda file: json.dumps(file), ["--share", 0.1], "brings the budget of every head"),
     "a layer less": (lambda file: damaged(file, lambda j: j["layers"].pop()), [], "3 layers x 2 heads\n  allowed: 4 layers"),
     "a head less": (lambda file: damaged(file, lambda j: j["layers"][1]["heads"].pop()), [], "the same number for all"),
     "too many heads": (lambda file: damaged(file, lambda j: [layer["heads"].append(layer["heads"][0]) for layer in j["layers"]]), [],
                        "4 layers x 3 heads"),
+    "another budget": (lambda file: damaged(file, lambda j: j.update(budget="best")), [], "allowed: threshold, top, mass"),
     "no layers": (lambda file: damaged(file, lambda j: j.update(layers=[])), [], "no layers"),
-    "a threshold of text": (lambda file: damaged(file, lambda j: j["layers"][0]["heads"][0].update(threshold="x")), [],
+    "a threshold of text": (lambda file: damaged(file, lambda j: j["layers"][0]["heads"][0].update(value="x")), [],
                             "not a file of compact calibrate"),
-    "a negative threshold": (lambda file: damaged(file, lambda j: j["layers"][0]["heads"][0].update(threshold=-1)), [], "a threshold is -1"),
+    "a negative threshold": (lambda file: damaged(file, lambda j: j["layers"][0]["heads"][0].update(value=-1)), [], "a value is -1"),
 }
 
 
@@ -135,10 +137,11 @@ def test_bad_calibration(cli, demo_dir, prompts, calibration, tmp_path, name):
 
 
 BAD_CALIBRATE = {
+    "rule": (["--rule", "density"], "allowed: threshold, top, mass"),
     "target": (["--target", "speed=2"], "--target is 'speed=2'"),
     "target of 1": (["--target", "density=1"], "above 0, below 1"),
     "no scores": (["--selector", "static"], "has no scores"),
-    "a threshold of its own": (["--selector", "mean-key:share=0.1"], "calibrate finds the thresholds"),
+    "a threshold of its own": (["--selector", "mean-key:share=0.1"], "calibrate finds the budget of every head"),
     "prompts too short": (["--chunk", 100000], "nothing to choose from"),
     "output into nowhere": (["-o", "/no/such/out.json"], "/no/such/out.json"),
     "missing prompts": (["--prompts", "no/such/prompt.txt"], "no/such/prompt.txt"),
