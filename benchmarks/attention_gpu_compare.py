@@ -7,7 +7,8 @@ ratios within a round. "burst" is the best of a few calls after a pause, at what
 
     attention_gpu_compare.py --library build/cuda/libcompact.so [--quick] [--filter TEXT] [--peer FILE.py ...] [--json FILE]
 
-Random normal bf16 data in three sets that take turns, token-major pages [pages, P, Hkv, D] in random order. Every candidate's
+Random normal bf16 data in three sets that take turns, token-major pages [pages, P, Hkv, D] in random order. Rows named
+"layouts" time our kernel alone: pages of 128, 64 and 16 tokens in random order, and of 128 in logical order. Every candidate's
 output is compared with float32 arithmetic on some rows first ("err": relative L2). cuDNN and FA2 run non-causal over
 contiguous K and V (PyTorch gives them no causal mask of a chunk that has a past): they compute all C x L pairs. TFLOP/s
 count the pairs that the candidate has to compute: visible ones for page lists.
@@ -78,6 +79,7 @@ class Shape:
     dim: int = 128
     density: float = 1.0
     page: int = 128
+    consecutive: bool = False  # physical pages in logical order
     quick: bool = True
 
 
@@ -89,14 +91,23 @@ def shapes():
         for density in (0.25, 0.10):
             yield Shape(f"B8 Hq16 Hkv4 L{length} d{density:.2f}", [length] * 8, 16, 4, density=density, quick=length > 32768)
             yield Shape(f"B1 Hq32 Hkv8 L{length} d{density:.2f}", [length], 32, 8, density=density)
-    for page in (64, 16):
-        yield Shape(f"B1 Hq32 Hkv8 L131072 d0.10 P{page}", [131072], 32, 8, density=0.10, page=page, quick=False)
     yield Shape("skewed 2K..32K Hq32 Hkv8 C512 dense", [2048, 2048, 4096, 4096, 8192, 8192, 16384, 32768], 32, 8, chunk=512,
                 quick=False)
     yield Shape("B1 Hq32 Hkv8 C512 L32768 dense", [32768], 32, 8, chunk=512, quick=False)
     yield Shape("TP8 B1 Hq4 Hkv1 L32768 dense", [32768], 4, 1)
     yield Shape("B1 Hq32 Hkv8 L32768 dense D64", [32768], 32, 8, dim=64)
     yield Shape("B1 Hq32 Hkv8 L32768 dense D256", [32768], 32, 8, dim=256)
+
+
+def layouts():
+    """{candidate: Shape}: one problem in several layouts of the cache, which take turns. At a density of 1/8 all lists hold the
+    same number of tokens."""
+    for kind, density in (("dense", 1.0), ("d0.125", 0.125)):
+        for batch, q_heads, kv_heads in ((8, 16, 4), (1, 32, 8)):
+            name = f"B{batch} Hq{q_heads} Hkv{kv_heads} L131072 {kind} layouts"
+            base = Shape(name, [131072] * batch, q_heads, kv_heads, density=density)
+            yield {"P128": base, "P128 in order": dataclasses.replace(base, consecutive=True),
+                   "P64": dataclasses.replace(base, page=64), "P16": dataclasses.replace(base, page=16)}
 
 
 class Case:
@@ -115,6 +126,8 @@ class Case:
         self.q = [random(tokens, s.q_heads, s.dim) for _ in range(SETS)]
         self.k, self.v = ([random(pages, s.page, s.kv_heads, s.dim) for _ in range(SETS)] for _ in range(2))
         permuted = torch.randperm(pages, generator=generator, device=DEVICE).to(torch.int32)
+        if s.consecutive:
+            permuted = torch.arange(pages, device=DEVICE, dtype=torch.int32)
         self.tables = list(permuted.split([length // s.page for length in s.contexts]))
         self.lists, self.flop, self.all_flop = [], 0.0, 0.0
         group = s.q_heads // s.kv_heads
@@ -300,6 +313,19 @@ def main() -> None:
 
     rows = [{"shape": "GEMM 8192^3 bf16", "candidate": "cuBLAS", "flop": gemm_flop, **gemm}]
     print(f"{'shape':38} {'candidate':14} {'sustained ms':>12} {'TF/s':>6} {'burst ms':>9} {'TF/s':>6} {'time/ours':>9} {'err':>7} MHz")
+
+    def measure(name: str, candidates: dict, flop: dict, errors: dict) -> None:
+        figures = compare(candidates, rounds, settle)
+        clock = sm_clock_mhz()
+        for candidate, row in figures.items():
+            wrong = "" if errors[candidate] < 1e-2 else "  WRONG"
+            print(f"{name:38} {candidate:14} {row['sustained_ms']:12.4f} {flop[candidate] / row['sustained_ms'] * 1e-9:6.1f} "
+                  f"{row['burst_ms']:9.4f} {flop[candidate] / row['burst_ms'] * 1e-9:6.1f} {row['ratio_to_first']:9.3f} "
+                  f"{errors[candidate]:7.4f} {clock}{wrong}", flush=True)
+            rows.append({"shape": name, "candidate": candidate, "flop": flop[candidate], "relative_error": errors[candidate],
+                         "sm_clock_mhz_after": clock, **row})
+        torch.cuda.empty_cache()
+
     for shape in shapes():
         if args.filter not in shape.name or (args.quick and not shape.quick):
             continue
@@ -310,18 +336,17 @@ def main() -> None:
             candidates |= peer.candidates(case)
         candidates |= dense
         errors = {name: error_of(case, run(0), name in dense) for name, run in candidates.items()}
-        figures = compare(candidates, rounds, settle)
-        clock = sm_clock_mhz()
-        for name, row in figures.items():
-            flop = case.all_flop if name in dense else case.flop
-            wrong = "" if errors[name] < 1e-2 else "  WRONG"
-            print(f"{shape.name:38} {name:14} {row['sustained_ms']:12.4f} {flop / row['sustained_ms'] * 1e-9:6.1f} "
-                  f"{row['burst_ms']:9.4f} {flop / row['burst_ms'] * 1e-9:6.1f} {row['ratio_to_first']:9.3f} "
-                  f"{errors[name]:7.4f} {clock}{wrong}", flush=True)
-            rows.append({"shape": shape.name, "candidate": name, "flop": flop, "relative_error": errors[name],
-                         "sm_clock_mhz_after": clock, **row})
+        measure(shape.name, candidates, {name: case.all_flop if name in dense else case.flop for name in candidates}, errors)
         del case, candidates, dense
-        torch.cuda.empty_cache()
+    for group in layouts():
+        name = next(iter(group.values())).name
+        if args.filter not in name or args.quick:
+            continue
+        cases = {candidate: Case(shape) for candidate, shape in group.items()}
+        candidates = {candidate: ours(case, next(iter(libraries.values()))) for candidate, case in cases.items()}
+        errors = {candidate: error_of(case, candidates[candidate](0), False) for candidate, case in cases.items()}
+        measure(name, candidates, {candidate: case.flop for candidate, case in cases.items()}, errors)
+        del cases, candidates
     if args.json:
         versions = {name: library.lib.ca_version().decode() for name, library in libraries.items()}
         with open(args.json, "w") as file:

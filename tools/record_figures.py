@@ -78,30 +78,44 @@ def demo_table(figures: dict) -> str:
         f"| union inflation | | {compact['union_inflation']:.2f} | |", "", made_by(figures)])
 
 
-def accuracy_table(figures: dict, torch: dict) -> str:
-    """Accuracies with their samples; `torch`: dense answers of another implementation to the same prompts."""
+def accuracy_table(figures: dict, cpu: dict, torch: dict) -> str:
+    """Accuracies with their samples on both backends; `torch`: dense answers of another implementation to the same prompts."""
     def of(rows: dict, key: tuple) -> str:
         row = rows.get(key)
         return f"{row['accuracy']:.1f} ({row['samples']})" if row else ""
 
     by_key = lambda rows: {(row["task"], row["tokens"]): row for row in rows}
-    dense = by_key(row for row in figures["rows"] if row["selector"] == "dense")
-    compact = [row for row in figures["rows"] if row["selector"] != "dense"]
-    names = sorted({row["selector"] for row in compact})
-    if len(names) != 1:
-        sys.exit(f"demo_accuracy.json has the selectors {names} beside dense; the table has room for one")
-    elsewhere = by_key(torch["rows"]) if torch else {}
-    lines = [f"| task | tokens | compact ({names[0]}) | dense | dense, PyTorch | density | union inflation |",
-             "|---|---|---|---|---|---|---|"]
-    for row in compact:
-        key = row["task"], row["tokens"]
-        lines.append(f"| {row['task']} | {row['tokens']:,} | {of({key: row}, key)} | {of(dense, key)} | {of(elsewhere, key)} | "
-                     f"{row['density']:.3f} | {row['union_inflation']:.2f} |")
+    selected = lambda rows, name: by_key(row for row in rows["rows"] if row["selector"] == name)
+    compact, dense = selected(figures, "mean-key"), selected(figures, "dense")
+    cpu_compact, cpu_dense = selected(cpu, "mean-key"), selected(cpu, "dense")
+    elsewhere = by_key(torch["rows"])
+    lines = ["| task | tokens | compact | dense | compact, CPU | dense, CPU | dense, PyTorch | density | union inflation |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for key, row in compact.items():
+        cells = [of(rows, key) for rows in (compact, dense, cpu_compact, cpu_dense, elsewhere)]
+        lines.append(f"| {row['task']} | {row['tokens']:,} | {' | '.join(cells)} | {row['density']:.3f} | {row['union_inflation']:.2f} |")
     configuration = figures["configuration"]
-    return "\n".join([*lines, "", f"Percent of the answers right (samples). {configuration['form']} over held-out prose, greedy, final chunk "
-                      f"{configuration['final_chunk']}, seed {configuration['seed']}; configuration {figures['digest']}, which every shard of the run shares. "
-                      "PyTorch: the same prompts answered by `tools/demo_model/evaluate.py --prompts` on a GPU, an implementation that shares no code "
-                      "with the engine."])
+    return "\n".join([*lines, "", f"Percent of the answers right (samples); compact: `mean-key` at its defaults. {configuration['form']} over held-out prose, "
+                      f"greedy, final chunk {configuration['final_chunk']}, seed {configuration['seed']}. By the executable on the CUDA backend (bf16 cache, configuration "
+                      f"{figures['digest']}) and on the CPU (fp32, {cpu['digest']}); density and inflation are those of the former. "
+                      "PyTorch: the same prompts answered by `tools/demo_model/evaluate.py --prompts`, an implementation that shares no code with the engine."])
+
+
+def task_accuracy_table(figures: dict) -> str:
+    """Every task, dense beside compact, from one run."""
+    dense = {(row["task"], row["tokens"]): row for row in figures["rows"] if row["selector"] == "dense"}
+    lengths = sorted({row["tokens"] for row in figures["rows"]})
+    tasks = {}
+    for row in figures["rows"]:
+        if row["selector"] != "dense":
+            tasks.setdefault(row["task"], {})[row["tokens"]] = row
+    lines = ["| task | " + " | ".join(f"{length:,}" for length in lengths) + " |", "|---|" + "---|" * len(lengths)]
+    for task, rows in tasks.items():
+        cells = [f"{dense[task, length]['accuracy']:.1f} / {rows[length]['accuracy']:.1f} ({rows[length]['density']:.3f})" for length in lengths]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    samples = sorted({row["samples"] for row in dense.values() if not row["task"].startswith("mean of")})
+    return "\n".join([*lines, "", f"Percent right, dense / `mean-key` at its defaults (its density); {', '.join(map(str, samples))} samples a cell, CUDA backend, otherwise as above "
+                      f"(configuration {figures['digest']})."])
 
 
 def attention_table(figures: dict) -> str:
@@ -130,6 +144,22 @@ def cost_table(figures: dict) -> str:
                       f"{figures['dtype']}, kernel {figures['kernel']}): per M-tile {model['m_tile']}, per 128 list tokens of a unit {model['list_tile']}, per "
                       f"unit {model['unit']}. Relative error over {len(figures['points'])} shapes: median {figures['median_relative_error']:.1%}, worst "
                       f"{figures['worst_relative_error']:.1%}.", "", made_by(figures)])
+
+
+def gpu_layouts_table(figures: dict) -> str:
+    shapes = {}
+    for row in figures["rows"]:
+        shapes.setdefault(row["shape"], {})[row["candidate"]] = row
+    del shapes["GEMM 8192^3 bf16"]
+    names = list(next(iter(shapes.values())))
+    lines = [f"{figures['device']}, bf16, D 128, C 1024. Our kernel alone, the same problem in caches of different layout, in turns: sustained TFLOP/s and "
+             f"time over that of {names[0]}. `P`: tokens of a page; pages in random order, or where they say so in logical order.", "",
+             "| shape | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for shape, rows in shapes.items():
+        cells = [f"{row['flop'] / row['sustained_ms'] * 1e-9:.0f} ({row['ratio_to_first']:.3f})" for row in rows.values()]
+        lines.append(f"| {shape.removesuffix(' layouts')} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "`python3 benchmarks/attention_gpu_compare.py --library build/cuda/libcompact.so --only-ours --filter layouts --json "
+                      f"benchmarks/results/attention_gpu_layouts.json`, commit {figures['commit']}, {figures['date']}."])
 
 
 def attention_gpu_table(figures: dict, only: str = "") -> str:
@@ -191,22 +221,26 @@ def replace_block(path: pathlib.Path, name: str, text: str) -> None:
 
 def tables() -> None:
     demo, attention, accuracy = load("demo_16k"), load("attention_cpu"), load("demo_accuracy")
-    accuracy_torch = load("demo_accuracy_torch")
     if demo:
         replace_block(ROOT / "README.md", "demo", demo_table(demo))
     recorded = []
     if accuracy:
-        text = accuracy_table(accuracy, accuracy_torch)
+        text = accuracy_table(accuracy, load("demo_accuracy_cpu"), load("demo_accuracy_torch"))
         replace_block(ROOT / "README.md", "accuracy", text)
-        replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", text)
-        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`, `demo_accuracy_torch.json`", "", text, "",
-                     "`compact eval ruler -m assets/demo` with the table's tasks, lengths and samples, selectors `dense,mean-key`, in shards "
-                     "(`--shard`), joined by `compact eval merge --json benchmarks/results/demo_accuracy.json`. Times in that file are of "
-                     "machines that did other work and stand in no table.", ""]
+        tasks = task_accuracy_table(load("demo_accuracy_tasks"))
+        replace_block(ROOT / "assets" / "demo" / "README.md", "accuracy", f"{text}\n\n{tasks}")
+        recorded += ["## Accuracy of the shipped checkpoint, `demo_accuracy.json`, `demo_accuracy_cpu.json`, `demo_accuracy_torch.json`", "", text, "",
+                     "All tasks, `demo_accuracy_tasks.json`:", "", tasks, "",
+                     "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
+                     "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
+                     "table.", ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
         recorded += ["## Attention over page lists on one GPU, `attention_gpu.json`", "", attention_gpu_table(attention_gpu), ""]
+    gpu_layouts = load("attention_gpu_layouts")
+    if gpu_layouts:
+        recorded += ["## Layouts of the cache on one GPU, `attention_gpu_layouts.json`", "", gpu_layouts_table(gpu_layouts), ""]
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]

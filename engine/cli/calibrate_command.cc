@@ -101,7 +101,7 @@ Status calibrate(const CalibrateFlags& flags) {
   CA_ASSIGN_OR_RETURN(const GenerateOptions options, own.resolve(flags.model_directory));
   CA_RETURN_IF_ERROR(check_writable(flags.output));
   CA_ASSIGN_OR_RETURN(const std::vector<std::filesystem::path> files, list_files(flags.prompts));
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, options.backend));
   CA_ASSIGN_OR_RETURN(const std::vector<RecallPrompt> prompts, read_prompts(files, model));
 
   const auto cost = [](const RecallPrompt& prompt) { return std::pow(static_cast<double>(prompt.tokens.size()), 2); };
@@ -115,7 +115,7 @@ Status calibrate(const CalibrateFlags& flags) {
   ThreadPool pool(flags.generate.threads);
   CA_ASSIGN_OR_RETURN(
       const CalibrationFit fit,
-      fit_calibration({.model = model.transformer,
+      fit_calibration({.model = *model.transformer,
                        .prompts = prompts,
                        .session = options,
                        .budget = budget,

@@ -118,7 +118,8 @@ Status demo(const DemoFlags& flags) {
   for (const std::string& file : {flags.json_file, flags.svg_file}) {
     if (!file.empty()) CA_RETURN_IF_ERROR(check_writable(file));
   }
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model,
+                      load_model(flags.model_directory, flags.generate.chat, compact_options.backend));
   CA_ASSIGN_OR_RETURN(const HaystackPrompt prompt, make_prompt(flags, model));
   ThreadPool pool(flags.generate.threads);
   GenerateOptions dense_options = compact_options;

@@ -12,6 +12,7 @@
 #include "compact/version.h"
 #include "engine/cli/commands.h"
 #include "engine/cli/files.h"
+#include "engine/cuda/cuda_model.h"
 #include "engine/scheduler/answer.h"
 
 namespace compact::engine {
@@ -34,7 +35,6 @@ Status doctor(const DoctorFlags& flags) {
                          {"threads", pool.num_threads()},
                          {"memory_gb", memory_gigabytes(_SC_PHYS_PAGES)},
                          {"memory_available_gb", memory_gigabytes(_SC_AVPHYS_PAGES)},
-                         {"backends", {"cpu"}},
                          {"selectors", selector_names()},
                          {"modes", {"paper", "span", "tile", "adaptive"}},
                          {"architectures", {"LlamaForCausalLM", "Qwen3ForCausalLM"}}};
@@ -42,22 +42,39 @@ Status doctor(const DoctorFlags& flags) {
   fmt::print("backend cpu      yes: {} kernels, {} threads, {:.1f} GB memory ({:.1f} GB free)\n",
              cpu_attention_target(), pool.num_threads(), memory_gigabytes(_SC_PHYS_PAGES),
              memory_gigabytes(_SC_AVPHYS_PAGES));
-  fmt::print("backend cuda     no: the engine runs on the CPU; attention on CUDA is in the library, not proven on hardware yet\n");
+  json["backends"] = {"cpu"};
+  const Result<CudaDeviceInfo> device = cuda_device_info();
+  if (!device.ok()) {
+    fmt::print("backend cuda     no: {}\n", device.status().message());
+  } else {
+    const double gigabytes = 1e9;
+    fmt::print("backend cuda     {}: {}, compute capability {}.{}, {} SMs, {:.1f} GB memory ({:.1f} GB free), {}\n",
+               device->usable ? "yes" : "no", device->name, device->capability / 10, device->capability % 10,
+               device->num_sms, static_cast<double>(device->memory_bytes) / gigabytes,
+               static_cast<double>(device->free_bytes) / gigabytes, device->gemm_library);
+    if (device->usable) {
+      json["backends"].push_back("cuda");
+      json["cuda_device"] = {{"name", device->name},
+                             {"capability", device->capability},
+                             {"memory_gb", static_cast<double>(device->memory_bytes) / gigabytes},
+                             {"selectors", "dense, mean-key, random"}};
+    }
+  }
   fmt::print("selectors        {}\n", selector_names());
   fmt::print("union modes      paper, span, tile, adaptive\n");
   fmt::print("architectures    LlamaForCausalLM, Qwen3ForCausalLM (dense); weights F32, BF16, F16\n");
   if (!flags.model_directory.empty()) {
     CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, "auto"));
-    const ModelConfig& config = model.transformer.config();
+    const ModelConfig& config = model.transformer->config();
     fmt::print("model            {}: {}, {} layers, Hq {}, Hkv {}, D {}, {} positions, {:.1f} MB, chat format {}\n",
                flags.model_directory, architecture_name(config.architecture), config.num_hidden_layers,
                config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.max_position_embeddings,
-               static_cast<double>(model.transformer.weight_bytes()) / 1e6, chat_format_name(model.chat_format));
+               static_cast<double>(model.transformer->weight_bytes()) / 1e6, chat_format_name(model.chat_format));
     json["model"] = {{"directory", flags.model_directory},
                      {"architecture", architecture_name(config.architecture)},
                      {"layers", config.num_hidden_layers},
                      {"positions", config.max_position_embeddings},
-                     {"weight_bytes", model.transformer.weight_bytes()},
+                     {"weight_bytes", model.transformer->weight_bytes()},
                      {"chat_format", chat_format_name(model.chat_format)}};
   }
   if (!flags.json_file.empty()) return write_text_file(flags.json_file, json.dump(2) + "\n");

@@ -121,7 +121,7 @@ class Comparison {
     CA_ASSIGN_OR_RETURN(std::vector<RecallPrompt> prompts, recall_prompts(questions, tasks, model_));
     for (RecallPrompt& prompt : prompts) prompt.group = "fit";
     ProgressBar bar("fit", kFitPasses * static_cast<double>(prompts.size()));
-    const FitInput input{.model = model_.transformer,
+    const FitInput input{.model = *model_.transformer,
                          .prompts = prompts,
                          .length_tokens = length,
                          .session = plan_.shared,

@@ -57,7 +57,7 @@ Status eval_longbench(const LongBenchFlags& flags) {
                                         flags.samples, num_items));
   }
   CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
-  CA_ASSIGN_OR_RETURN(const std::int32_t most_tokens, most_prompt_tokens(flags, model.transformer.config()));
+  CA_ASSIGN_OR_RETURN(const std::int32_t most_tokens, most_prompt_tokens(flags, model.transformer->config()));
   EvalConfiguration configuration;
   CA_ASSIGN_OR_RETURN(const std::string digest, model_digest(flags.model_directory));
   configuration.json = {{"benchmark", kLongBench},

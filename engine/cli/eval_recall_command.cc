@@ -75,7 +75,7 @@ Status eval_recall(const RecallFlags& flags) {
   CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve(flags.model_directory));
   CA_ASSIGN_OR_RETURN(const std::vector<RecallSelector> selectors, make_selectors(flags, shared));
   CA_RETURN_IF_ERROR(flags.report.check());
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, shared.backend));
   CA_ASSIGN_OR_RETURN(const Prompts prompts,
                       flags.prompt_files.empty() ? generate_prompts(flags, model) : read_prompts(flags, model));
   EvalConfiguration configuration;
@@ -93,7 +93,7 @@ Status eval_recall(const RecallFlags& flags) {
   ThreadPool pool(flags.generate.threads);
   CA_ASSIGN_OR_RETURN(const std::vector<GroupRecall> groups,
                       measure_recall(
-                          model.transformer, prompts.prompts, selectors, shared, RecallMeasure::kMass,
+                          *model.transformer, prompts.prompts, selectors, shared, RecallMeasure::kMass,
                           [&](const RecallPrompt& prompt) { bar.advance(cost(prompt), prompt.group); }, pool));
   return flags.report.write(recall_markdown(configuration, groups), recall_json(configuration, groups));
 }

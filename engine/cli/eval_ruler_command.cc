@@ -70,7 +70,8 @@ Status eval_ruler(const RulerFlags& flags) {
   CA_RETURN_IF_ERROR(flags.report.check());
   if (!flags.prompts.empty()) CA_RETURN_IF_ERROR(check_writable(flags.prompts));
   CA_ASSIGN_OR_RETURN(const SourceFiles sources, SourceFiles::load(flags.questions));
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model,
+                      load_model(flags.model_directory, flags.generate.chat, selectors.front().options.backend));
   CA_ASSIGN_OR_RETURN(const RulerTasks tasks, make_ruler_tasks(questions, sources.view(), model));
   if (!flags.prompts.empty()) return write_prompts(flags, questions, tasks, model);
   CA_ASSIGN_OR_RETURN(

@@ -78,11 +78,15 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
       ->capture_default_str();
   command.add_option("--span", options.sparsity.unite.span_tokens, "Query tokens that share a page list in mode span")
       ->capture_default_str();
-  command.add_option("--backend", backend, "Where to compute: cpu")->capture_default_str();
+  command
+      .add_option("--backend", backend,
+                  "Where to compute: cpu, cuda (one GPU), or auto: the GPU if this build and machine have one")
+      ->capture_default_str();
   command.add_option("--chunk", options.chunk_tokens, "Tokens per prefill chunk")->capture_default_str();
   command.add_option("--page", options.page_tokens, "Tokens per KV page: a power of two, 16 to 256")
       ->capture_default_str();
-  command.add_option("--kv-dtype", kv_dtype, "Storage of K and V: f32, bf16")->capture_default_str();
+  command.add_option("--kv-dtype", kv_dtype, "Storage of K and V: f32, bf16; auto: f32 on the CPU, bf16 on a GPU")
+      ->capture_default_str();
   command.add_option("--kv-pages", options.kv_pages, "Size of the KV cache in pages; 0: as many as the request needs")
       ->capture_default_str();
   command.add_option("--sink", options.sparsity.forced.sink_tokens, "First tokens that are always read")
@@ -151,13 +155,15 @@ Status GenerateFlags::apply_calibration(const std::filesystem::path& model_direc
 
 Result<GenerateOptions> GenerateFlags::resolve(const std::filesystem::path& model_directory) const {
   GenerateOptions resolved = options;
-  if (backend != "cpu") return unsupported(fmt::format("--backend is '{}'\n  allowed: cpu", backend));
-  if (kv_dtype == "f32") {
+  CA_ASSIGN_OR_RETURN(resolved.backend, resolve_backend(backend));
+  if (kv_dtype == "auto") {
+    resolved.kv_dtype = resolved.backend == Backend::kCuda ? DType::kBF16 : DType::kF32;
+  } else if (kv_dtype == "f32") {
     resolved.kv_dtype = DType::kF32;
   } else if (kv_dtype == "bf16") {
     resolved.kv_dtype = DType::kBF16;
   } else {
-    return invalid_argument(fmt::format("--kv-dtype is '{}'\n  allowed: f32, bf16", kv_dtype));
+    return invalid_argument(fmt::format("--kv-dtype is '{}'\n  allowed: f32, bf16, auto", kv_dtype));
   }
   if (threads < 0) return invalid_argument(fmt::format("--threads is {}\n  allowed: 1 or more, or 0 for all", threads));
   const auto page = options.page_tokens;
@@ -216,6 +222,7 @@ Result<GenerateOptions> GenerateFlags::resolve(const std::filesystem::path& mode
   if (!calibration.empty()) CA_RETURN_IF_ERROR(apply_calibration(model_directory, resolved));
   // An unknown selector should fail before a model is loaded.
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
+  CA_RETURN_IF_ERROR(check_backend_options(resolved.backend, resolved.sparsity, resolved.kv_dtype));
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto sampler_check, Sampler::create(resolved.sampling));
   if (resolved.chunk_tokens < 1) {
     return invalid_argument(

@@ -16,8 +16,8 @@ struct GenerateFlags {
   std::string selector = "mean-key";
   std::string preset = "mean-key";
   std::string mode = "adaptive";
-  std::string backend = "cpu";
-  std::string kv_dtype = "f32";
+  std::string backend = "auto";
+  std::string kv_dtype = "auto";
   std::string chat = "auto";
   float share = -1;  // < 0: the preset's
   float alpha = -1;  // < 0: the preset's
@@ -40,7 +40,7 @@ struct GenerateFlags {
 
   /// Checks what CLI11 cannot and returns the options; reads the files that flags name and checks that they are for the
   /// checkpoint in `model_directory`. Errors: kInvalidArgument with the flag, the value seen and what is allowed;
-  /// kUnsupported for a backend that this version lacks; those of load_calibration.
+  /// kUnsupported for a backend that this machine lacks, or an option that the backend lacks; those of load_calibration.
   [[nodiscard]] Result<GenerateOptions> resolve(const std::filesystem::path& model_directory) const;
 
  private:

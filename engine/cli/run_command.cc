@@ -37,7 +37,7 @@ Status run(const RunFlags& flags) {
     if (!file.empty()) CA_RETURN_IF_ERROR(check_writable(file));
   }
   CA_ASSIGN_OR_RETURN(const std::string prompt, read_text_file(flags.prompt_file));
-  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat));
+  CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, options.backend));
   ThreadPool pool(flags.generate.threads);
   const auto print_text = [](std::string_view text) {
     fmt::print("{}", text);

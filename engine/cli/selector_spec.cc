@@ -46,7 +46,7 @@ Result<GenerateFlags> parse_selector_spec(const GenerateFlags& base, std::string
   std::vector<std::string> arguments;  // CLI11 takes them from the back
   for (std::size_t i = parts.size() - 1; i > 0; --i) {
     const std::string name = parts[i].substr(0, parts[i].find('='));
-    if (name == "chat" || name == "threads") {
+    if (name == "chat" || name == "threads" || name == "backend") {
       return invalid_argument(
           fmt::format("selector '{}': --{} must be the same for all selectors\n  try: --{} itself", spec, name, name));
     }
@@ -62,6 +62,11 @@ Result<GenerateFlags> parse_selector_spec(const GenerateFlags& base, std::string
 }
 
 nlohmann::json prefill_flag_values(GenerateFlags flags) {
+  // Figures belong to what was computed and where, not to the "auto" that chose it.
+  if (const Result<GenerateOptions> options = flags.resolve(); options.ok()) {
+    flags.backend = backend_name(options->backend);
+    flags.kv_dtype = dtype_name(options->kv_dtype);
+  }
   CLI::App app;
   flags.add_prefill_to(app);
   nlohmann::json values = nlohmann::json::object();

@@ -52,7 +52,7 @@ Result<EvalRecord> Answerer::answer(const EvalQuestion& question, const Selector
   callbacks.on_token = [&](std::int32_t token) { bytes += model_->tokenizer.decode(std::span(&token, 1)); };
   callbacks.stop = [&] { return question.is_certain ? question.is_certain(bytes) : question.score(bytes) >= 1; };
   CA_ASSIGN_OR_RETURN(const GenerateResult result,
-                      generate(model_->transformer, question.tokens, options, callbacks, *pool_));
+                      generate(*model_->transformer, question.tokens, options, callbacks, *pool_));
   EvalRecord record;
   Utf8Stream stream;
   record.output = stream.push(bytes);
@@ -65,7 +65,7 @@ Result<EvalRecord> Answerer::answer(const EvalQuestion& question, const Selector
   record.ttft_seconds = question.encode_seconds + result.prefill_seconds;
   record.decode_seconds = result.decode_seconds;
   record.state_bytes_per_token =
-      state_bytes_per_token(model_->transformer.config(), options.kv_dtype, result.kv_bytes, result.summary_bytes);
+      state_bytes_per_token(model_->transformer->config(), options.kv_dtype, result.kv_bytes, result.summary_bytes);
   record.add(result.layers);
   return record;
 }

@@ -84,7 +84,7 @@ struct Calibration {
 [[nodiscard]] std::vector<std::size_t> steps_at_mass(const std::vector<std::vector<KeptShare>>& curves, double mass);
 
 struct CalibrationInput {
-  const Transformer& model;
+  const Model& model;
   const std::vector<RecallPrompt>& prompts;  // all of one group
   SessionOptions session;  // chunks, pages, forced pages, union, and the selector, its budget and thresholds aside
   BudgetKind budget = BudgetKind::kThreshold;

@@ -76,7 +76,7 @@ struct CompareSetting {
 using MakeSparsity = std::function<Result<SparsityOptions>(const std::string& spec)>;
 
 struct FitInput {
-  const Transformer& model;
+  const Model& model;
   const std::vector<RecallPrompt>& prompts;  // all of one group
   std::int32_t length_tokens = 0;
   SessionOptions session;  // chunks, pages and cache of every selector

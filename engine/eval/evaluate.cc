@@ -49,7 +49,7 @@ Result<std::vector<std::int32_t>> encode_sample(const LoadedModel& model, const 
 
 Result<RulerTasks> make_ruler_tasks(const RulerQuestions& questions, const RulerSources& sources,
                                     const LoadedModel& model) {
-  CA_RETURN_IF_ERROR(check_questions(questions, model.transformer.config()));
+  CA_RETURN_IF_ERROR(check_questions(questions, model.transformer->config()));
   const CountTokens count_tokens = [&model](std::string_view text) -> Result<std::int64_t> {
     CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> tokens, model.tokenizer.encode(text, false));
     return static_cast<std::int64_t>(tokens.size());

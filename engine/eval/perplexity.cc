@@ -20,7 +20,7 @@ using Json = nlohmann::json;
 
 Result<PerplexityRecord> read_window(const PerplexityInput& input, std::span<const std::int32_t> tokens,
                                      const SelectorRun& selector, ThreadPool& pool) {
-  const Transformer& transformer = input.model.transformer;
+  const Model& transformer = *input.model.transformer;
   const ModelConfig& config = transformer.config();
   CA_ASSIGN_OR_RETURN(Session session, Session::create(transformer, std::ssize(tokens), 0, selector.options));
   PerplexityRecord record;
@@ -49,9 +49,10 @@ Result<PerplexityRecord> read_window(const PerplexityInput& input, std::span<con
   record.ttft_seconds = stopwatch.seconds();
   record.prompt_tokens = static_cast<std::int32_t>(tokens.size());
   record.selector = selector.label;
-  record.state_bytes_per_token = state_bytes_per_token(config, selector.options.kv_dtype, session.cache().kv_bytes(),
-                                                       session.cache().summary_bytes());
-  record.add(session.attention().take_reports());
+  record.state_bytes_per_token = state_bytes_per_token(config, selector.options.kv_dtype, session.sequence().kv_bytes(),
+                                                       session.sequence().summary_bytes());
+  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers, session.sequence().take_reports());
+  record.add(layers);
   return record;
 }
 

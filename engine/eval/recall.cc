@@ -269,7 +269,7 @@ std::vector<RecallRow> recall_rows(const RecallInput& input, ThreadPool& pool) {
   return rows;
 }
 
-Result<std::vector<GroupRecall>> measure_recall(const Transformer& model, const std::vector<RecallPrompt>& prompts,
+Result<std::vector<GroupRecall>> measure_recall(const Model& model, const std::vector<RecallPrompt>& prompts,
                                                 const std::vector<RecallSelector>& selectors,
                                                 const SessionOptions& options, RecallMeasure measure,
                                                 const OnRecallPrompt& on_prompt, ThreadPool& pool) {
@@ -291,7 +291,7 @@ Result<std::vector<GroupRecall>> measure_recall(const Transformer& model, const 
     meter.enter(*group);
     CA_ASSIGN_OR_RETURN(Session session,
                         Session::create(model, std::ssize(prompt.tokens), 0, dense, meter.summaries({})));
-    session.attention().observe([&meter](const AttentionStep& step) { return meter.step(step); });
+    CA_RETURN_IF_ERROR(session.sequence().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
     CA_RETURN_IF_ERROR(session.prefill(prompt.tokens, LogitsOf::kNone, {}, pool));
     ++group->prompts;
     group->tokens += std::ssize(prompt.tokens);

@@ -131,7 +131,7 @@ enum class RecallMeasure : std::int32_t { kMass = 0, kDensity = 1 };
 
 /// `options`: chunks, pages and cache of every selector; its own selector is not used.
 /// Errors: kInvalidArgument (no prompt, no selector); those of Session, of the selectors and of build_page_lists.
-[[nodiscard]] Result<std::vector<GroupRecall>> measure_recall(const Transformer& model,
+[[nodiscard]] Result<std::vector<GroupRecall>> measure_recall(const Model& model,
                                                               const std::vector<RecallPrompt>& prompts,
                                                               const std::vector<RecallSelector>& selectors,
                                                               const SessionOptions& options, RecallMeasure measure,

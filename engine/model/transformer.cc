@@ -2,11 +2,12 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
 #include <string>
 #include <utility>
 
+#include "compact/attention.h"
 #include "engine/loader/rope_frequencies.h"
+#include "engine/model/cpu_sequence.h"
 #include "engine/model/layers.h"
 
 namespace compact::engine {
@@ -77,25 +78,20 @@ Status Transformer::load_weights() {
   return {};
 }
 
-float Transformer::softmax_scale() const noexcept { return 1.0F / std::sqrt(static_cast<float>(config_.head_dim)); }
+std::string Transformer::processor() const { return cpu_attention_target(); }
+
+Result<std::unique_ptr<Sequence>> Transformer::start(const SequenceOptions& options) const {
+  return CpuSequence::create(*this, options);
+}
 
 Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
                             PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
                             std::vector<float>& logits) const {
   logits.clear();
   if (tokens.empty()) return {};
-  for (const std::int32_t token : tokens) {
-    if (token < 0 || token >= config_.vocab_size) {
-      return invalid_argument(
-          fmt::format("token id {} is not in the model's vocabulary of {}", token, config_.vocab_size));
-    }
-  }
   const auto rows = static_cast<std::int32_t>(tokens.size());            // C
   CA_ASSIGN_OR_RETURN(const std::int32_t start, cache.length(request));  // S
-  if (std::int64_t{start} + rows > config_.max_position_embeddings) {
-    return invalid_argument(fmt::format("the context needs {} positions; the model was made for {}",
-                                        std::int64_t{start} + rows, config_.max_position_embeddings));
-  }
+  CA_RETURN_IF_ERROR(check_chunk(config_, tokens, start));
   CA_RETURN_IF_ERROR(cache.extend(request, rows));
   CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> page_table, cache.page_table(request));
   const ChunkView chunk{0, rows, start, page_table.data()};

@@ -1,4 +1,4 @@
-/// The forward pass of Llama-3.x and Qwen3 (dense) in chunks over a paged KV cache.
+/// The forward pass of Llama-3.x and Qwen3 (dense) on the CPU, in chunks over a paged KV cache.
 #pragma once
 
 #include <cstdint>
@@ -13,27 +13,28 @@
 #include "engine/loader/model_config.h"
 #include "engine/model/chunk_attention.h"
 #include "engine/model/linear.h"
+#include "engine/model/model.h"
 
 namespace compact::engine {
 
-enum class LogitsOf : std::int32_t { kNone, kLastToken, kAllTokens };
-
-class Transformer {
+class Transformer final : public Model {
  public:
   /// Reads config.json and maps the weights of a Hugging Face model directory.
   /// Errors: those of load_model_config and Checkpoint: each names the file, tensor or key, the value seen, what is
   /// allowed.
   [[nodiscard]] static Result<Transformer> load(const std::filesystem::path& directory);
 
-  [[nodiscard]] const ModelConfig& config() const noexcept { return config_; }
-  [[nodiscard]] std::int64_t weight_bytes() const noexcept { return checkpoint_.weight_bytes(); }
-  [[nodiscard]] float softmax_scale() const noexcept;
+  [[nodiscard]] const ModelConfig& config() const noexcept override { return config_; }
+  [[nodiscard]] std::int64_t weight_bytes() const noexcept override { return checkpoint_.weight_bytes(); }
+  [[nodiscard]] Backend backend() const noexcept override { return Backend::kCpu; }
+  [[nodiscard]] std::string processor() const override;
+  [[nodiscard]] Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const override;
+  [[nodiscard]] float softmax_scale() const noexcept { return engine::softmax_scale(config_); }
 
   /// Runs the next chunk of a request through every layer. `tokens` continue the request: the cache is extended by
   /// them, and the chunk starts at its former length. `dense` reads every page (decode steps).
   /// logits: [1 or C, vocab_size] as asked for; empty for kNone.
-  /// Errors: kInvalidArgument (a token outside the vocabulary, a position the model was not made for); those of the
-  /// cache (kOutOfMemory says how many pages are needed) and of ChunkAttention.
+  /// Errors: those of check_chunk, of the cache (kOutOfMemory says how many pages are needed) and of ChunkAttention.
   [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
                                PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
                                std::vector<float>& logits) const;

@@ -58,7 +58,8 @@ nlohmann::json run_json(const Answer& answer, const GenerateOptions& options) {
       {"union_inflation", totals.stats.union_inflation()},
       {"selector", options.sparsity.selector.name},
       {"mode", mode_name(options)},
-      {"backend", "cpu"},
+      {"backend", backend_name(result.backend)},
+      {"processor", result.processor},
       {"cpu_target", cpu_attention_target()},
       {"chunk_tokens", options.chunk_tokens},
       {"page_tokens", options.page_tokens},
@@ -92,12 +93,12 @@ std::string run_table(const Answer& answer, const GenerateOptions& options) {
   const GenerateResult& result = answer.result;
   const RunTotals totals = sum_layers(result);
   std::string text = fmt::format(
-      "prompt {} tokens in {} chunks of {}; selector {}, mode {}, backend cpu ({})\n"
+      "prompt {} tokens in {} chunks of {}; selector {}, mode {}, backend {} ({})\n"
       "TTFT {:.2f} s, of it attention {:.2f} s (select {:.2f}, unite {:.3f}, attend {:.2f}); decode {:.2f} s\n"
       "density {:.3f}, union inflation {:.2f}; KV cache {:.1f} MB, page means {:.2f} MB\n",
       with_thousands(result.prompt_tokens), result.prefill_chunks, options.chunk_tokens, options.sparsity.selector.name,
-      mode_name(options), cpu_attention_target(), answer.ttft_seconds, totals.attention_seconds, totals.select_seconds,
-      totals.unite_seconds, totals.attend_seconds, result.decode_seconds, totals.stats.density(),
+      mode_name(options), backend_name(result.backend), result.processor, answer.ttft_seconds, totals.attention_seconds,
+      totals.select_seconds, totals.unite_seconds, totals.attend_seconds, result.decode_seconds, totals.stats.density(),
       totals.stats.union_inflation(), static_cast<double>(result.kv_bytes) / 1e6,
       static_cast<double>(result.summary_bytes) / 1e6);
   text += "layer  density  inflation  attention s  chunks\n";

@@ -6,13 +6,25 @@
 #include <system_error>
 #include <utility>
 
+#include "engine/cuda/cuda_model.h"
 #include "engine/model/stopwatch.h"
+#include "engine/model/transformer.h"
 #include "engine/report/progress.h"
 #include "engine/text/utf8.h"
 
 namespace compact::engine {
 
-Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat) {
+namespace {
+
+Result<std::unique_ptr<Model>> load_transformer(const std::filesystem::path& directory, Backend backend) {
+  if (backend == Backend::kCuda) return load_cuda_model(directory);
+  CA_ASSIGN_OR_RETURN(Transformer transformer, Transformer::load(directory));
+  return std::unique_ptr<Model>(std::make_unique<Transformer>(std::move(transformer)));
+}
+
+}  // namespace
+
+Result<LoadedModel> load_model(const std::filesystem::path& directory, const std::string& chat, Backend backend) {
   std::error_code error;
   if (!std::filesystem::is_directory(directory, error)) {
     return io_error(
@@ -25,19 +37,19 @@ Result<LoadedModel> load_model(const std::filesystem::path& directory, const std
   if (chat != "auto") {
     CA_ASSIGN_OR_RETURN(format, parse_chat_format(chat));
   }
-  CA_ASSIGN_OR_RETURN(Transformer transformer, Transformer::load(directory));
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<Model> transformer, load_transformer(directory, backend));
   CA_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::load(directory / "tokenizer.json"));
   if (!format) {
     CA_ASSIGN_OR_RETURN(format, load_chat_format(directory));
   }
   CA_RETURN_IF_ERROR(check_chat_format(*format, tokenizer));
-  if (tokenizer.vocab_size() > transformer.config().vocab_size) {
+  if (tokenizer.vocab_size() > transformer->config().vocab_size) {
     return invalid_argument(
         fmt::format("{}: tokenizer.json has ids up to {}, the model only {} embeddings\n"
                     "  allowed: the tokenizer that belongs to the model",
-                    directory.string(), tokenizer.vocab_size() - 1, transformer.config().vocab_size));
+                    directory.string(), tokenizer.vocab_size() - 1, transformer->config().vocab_size));
   }
-  std::vector<std::int32_t> end_tokens = transformer.config().eos_token_ids;
+  std::vector<std::int32_t> end_tokens = transformer->config().eos_token_ids;
   const std::string_view turn_end = chat_turn_end(*format);
   if (!turn_end.empty()) {
     if (const auto id = tokenizer.token_id(turn_end)) end_tokens.push_back(*id);
@@ -70,7 +82,7 @@ Result<Answer> answer_prompt(const LoadedModel& model, std::string_view prompt, 
   callbacks.on_token = [&](std::int32_t token) { emit(stream.push(model.tokenizer.decode(std::span(&token, 1)))); };
 
   options.end_tokens = model.end_tokens;
-  CA_ASSIGN_OR_RETURN(answer.result, generate(model.transformer, tokens, options, callbacks, pool));
+  CA_ASSIGN_OR_RETURN(answer.result, generate(*model.transformer, tokens, options, callbacks, pool));
   emit(stream.finish());
   answer.ttft_seconds = encode_seconds + answer.result.prefill_seconds;
   return answer;

@@ -9,7 +9,7 @@
 
 namespace compact::engine {
 
-Result<GenerateResult> generate(const Transformer& model, std::span<const std::int32_t> prompt,
+Result<GenerateResult> generate(const Model& model, std::span<const std::int32_t> prompt,
                                 const GenerateOptions& options, const GenerateCallbacks& callbacks, ThreadPool& pool) {
   if (options.max_tokens < 1) {
     return invalid_argument(fmt::format("max-tokens is {}\n  allowed: 1 or more", options.max_tokens));
@@ -19,9 +19,11 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
   CA_ASSIGN_OR_RETURN(Session session, Session::create(model, std::ssize(prompt), options.max_tokens - 1, options));
 
   GenerateResult result;
+  result.backend = model.backend();
+  result.processor = model.processor();
   result.prompt_tokens = static_cast<std::int32_t>(prompt.size());
-  result.kv_bytes = session.cache().kv_bytes();
-  result.summary_bytes = session.cache().summary_bytes();
+  result.kv_bytes = session.sequence().kv_bytes();
+  result.summary_bytes = session.sequence().summary_bytes();
 
   const Stopwatch prefill_stopwatch;
   const auto on_chunk = [&](std::int32_t done, std::span<const float>) -> Status {
@@ -32,7 +34,7 @@ Result<GenerateResult> generate(const Transformer& model, std::span<const std::i
   CA_RETURN_IF_ERROR(session.prefill(prompt, LogitsOf::kLastToken, on_chunk, pool));
   std::int32_t token = sampler.sample(session.logits());
   result.prefill_seconds = prefill_stopwatch.seconds();
-  result.layers = session.attention().take_reports();
+  CA_ASSIGN_OR_RETURN(result.layers, session.sequence().take_reports());
 
   const Stopwatch decode_stopwatch;
   while (true) {

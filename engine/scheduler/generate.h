@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "compact/status.h"
 #include "compact/thread_pool.h"
 #include "engine/model/chunk_attention.h"
-#include "engine/model/transformer.h"
+#include "engine/model/model.h"
 #include "engine/scheduler/sampler.h"
 #include "engine/scheduler/session.h"
 
@@ -31,6 +32,8 @@ struct GenerateCallbacks {
 };
 
 struct GenerateResult {
+  Backend backend = Backend::kCpu;
+  std::string processor;              // of the model
   std::vector<std::int32_t> tokens;   // sampled, without the end token
   bool stopped_by_end_token = false;  // else max_tokens or the model's positions ran out
   std::int32_t prompt_tokens = 0;
@@ -44,7 +47,7 @@ struct GenerateResult {
 
 /// Errors, all before any work: those of Session::create; kInvalidArgument (options of the sampler, no token to
 /// generate).
-[[nodiscard]] Result<GenerateResult> generate(const Transformer& model, std::span<const std::int32_t> prompt,
+[[nodiscard]] Result<GenerateResult> generate(const Model& model, std::span<const std::int32_t> prompt,
                                               const GenerateOptions& options, const GenerateCallbacks& callbacks,
                                               ThreadPool& pool);
 

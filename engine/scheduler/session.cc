@@ -33,43 +33,35 @@ Status check_request(const ModelConfig& config, std::int64_t prompt_tokens, cons
 
 }  // namespace
 
-SummaryFields either(const SummaryFields& a, const SummaryFields& b) {
-  return {.mean_k = a.mean_k || b.mean_k,
-          .sub_mean_k = a.sub_mean_k || b.sub_mean_k,
-          .mean_v = a.mean_v || b.mean_v,
-          .norm_k = a.norm_k || b.norm_k,
-          .coherence = a.coherence || b.coherence,
-          .gate_pool = a.gate_pool || b.gate_pool};
-}
-
-Result<Session> Session::create(const Transformer& model, std::int64_t prompt_tokens, std::int64_t decode_tokens,
+Result<Session> Session::create(const Model& model, std::int64_t prompt_tokens, std::int64_t decode_tokens,
                                 const SessionOptions& options, SummaryFields extra) {
   const ModelConfig& config = model.config();
   CA_RETURN_IF_ERROR(check_request(config, prompt_tokens, options));
-  CA_ASSIGN_OR_RETURN(ChunkAttention attention,
-                      ChunkAttention::create(options.sparsity, config.num_hidden_layers, config.num_attention_heads,
-                                             config.num_key_value_heads, model.softmax_scale()));
   const std::int64_t positions = std::min<std::int64_t>(prompt_tokens + decode_tokens, config.max_position_embeddings);
-  PagedKvOptions cache_options{config.num_hidden_layers, config.num_key_value_heads,
-                               config.head_dim,          options.page_tokens,
-                               options.kv_pages,         options.kv_dtype,
-                               KvLayout::kHnd,           either(attention.needs().summaries, extra)};
-  // A page size that create() will refuse must not divide here.
+  // A page size that the cache will refuse must not divide here.
   const std::int32_t page_tokens = std::max(1, options.page_tokens);
-  if (options.kv_pages == 0) cache_options.num_pages = static_cast<std::int32_t>(pages_for(positions, page_tokens));
-  CA_ASSIGN_OR_RETURN(PagedKvCache cache, PagedKvCache::create(cache_options));
+  const auto num_pages =
+      options.kv_pages > 0 ? options.kv_pages : static_cast<std::int32_t>(pages_for(positions, page_tokens));
   const std::int64_t prompt_pages = pages_for(prompt_tokens, page_tokens);
-  if (prompt_pages > cache_options.num_pages) {
-    return out_of_memory(fmt::format(
-        "the prompt of {} tokens needs {} KV pages of {} tokens; the cache has {}\n"
-        "  try: --kv-pages {}, or leave it out",
-        prompt_tokens, prompt_pages, options.page_tokens, cache_options.num_pages, pages_for(positions, page_tokens)));
+  if (prompt_pages > num_pages) {
+    return out_of_memory(
+        fmt::format("the prompt of {} tokens needs {} KV pages of {} tokens; the cache has {}\n"
+                    "  try: --kv-pages {}, or leave it out",
+                    prompt_tokens, prompt_pages, options.page_tokens, num_pages, pages_for(positions, page_tokens)));
   }
-  Session session(model, std::move(cache), std::move(attention));
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence,
+                      model.start({.max_chunk_tokens = static_cast<std::int32_t>(
+                                       std::min<std::int64_t>(options.chunk_tokens, prompt_tokens)),
+                                   .page_tokens = options.page_tokens,
+                                   .num_pages = num_pages,
+                                   .kv_dtype = options.kv_dtype,
+                                   .sparsity = options.sparsity,
+                                   .extra = extra}));
+  Session session(std::move(sequence));
   session.chunk_tokens_ = options.chunk_tokens;
   session.final_chunk_dense_ = options.final_chunk_dense;
-  session.max_positions_ = std::min<std::int64_t>(config.max_position_embeddings,
-                                                  std::int64_t{cache_options.num_pages} * options.page_tokens);
+  session.max_positions_ =
+      std::min<std::int64_t>(config.max_position_embeddings, std::int64_t{num_pages} * options.page_tokens);
   return session;
 }
 
@@ -79,8 +71,8 @@ Status Session::prefill(std::span<const std::int32_t> prompt, LogitsOf logits_of
     const std::size_t chunk = std::min(prompt.size() - begin, static_cast<std::size_t>(chunk_tokens_));
     const bool is_last = begin + chunk == prompt.size();
     const LogitsOf of_chunk = logits_of == LogitsOf::kLastToken && !is_last ? LogitsOf::kNone : logits_of;
-    CA_RETURN_IF_ERROR(model_->forward(prompt.subspan(begin, chunk), request_, is_last && final_chunk_dense_, of_chunk,
-                                       cache_, attention_, pool, logits_));
+    CA_RETURN_IF_ERROR(
+        sequence_->forward(prompt.subspan(begin, chunk), is_last && final_chunk_dense_, of_chunk, pool, logits_));
     begin += chunk;
     length_ += static_cast<std::int64_t>(chunk);
     if (on_chunk) CA_RETURN_IF_ERROR(on_chunk(static_cast<std::int32_t>(begin), logits_));
@@ -89,8 +81,7 @@ Status Session::prefill(std::span<const std::int32_t> prompt, LogitsOf logits_of
 }
 
 Status Session::decode(std::int32_t token, ThreadPool& pool) {
-  CA_RETURN_IF_ERROR(model_->forward(std::span(&token, 1), request_, /*dense=*/true, LogitsOf::kLastToken, cache_,
-                                     attention_, pool, logits_));
+  CA_RETURN_IF_ERROR(sequence_->forward(std::span(&token, 1), /*dense=*/true, LogitsOf::kLastToken, pool, logits_));
   ++length_;
   return {};
 }

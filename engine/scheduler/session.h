@@ -1,20 +1,21 @@
-/// One request on a cache of its own: what an answer is generated on, and what measurements look into.
+/// One request from its prompt on: what an answer is generated on, and what measurements look into.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
-#include "compact/paged_kv.h"
 #include "compact/status.h"
 #include "compact/thread_pool.h"
 #include "engine/model/chunk_attention.h"
-#include "engine/model/transformer.h"
+#include "engine/model/model.h"
 
 namespace compact::engine {
 
 struct SessionOptions {
+  Backend backend = Backend::kCpu;   // for whoever loads the model
   std::int32_t chunk_tokens = 1024;  // C of all chunks but the last
   std::int32_t page_tokens = 128;    // P
   std::int32_t kv_pages = 0;         // pages of the cache; 0: as many as this request can need
@@ -22,9 +23,6 @@ struct SessionOptions {
   SparsityOptions sparsity;        // prefill; decode steps read every page
   bool final_chunk_dense = false;  // the prompt's last chunk reads every page
 };
-
-/// The records that either needs.
-[[nodiscard]] SummaryFields either(const SummaryFields& a, const SummaryFields& b);
 
 class Session {
  public:
@@ -36,7 +34,7 @@ class Session {
   /// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
   /// model has positions, options of the selector), kOutOfMemory (a cache too small for the prompt: says how many pages
   /// it takes).
-  [[nodiscard]] static Result<Session> create(const Transformer& model, std::int64_t prompt_tokens,
+  [[nodiscard]] static Result<Session> create(const Model& model, std::int64_t prompt_tokens,
                                               std::int64_t decode_tokens, const SessionOptions& options,
                                               SummaryFields extra = {});
 
@@ -50,17 +48,13 @@ class Session {
   [[nodiscard]] std::span<const float> logits() const noexcept { return logits_; }
   /// Whether another token can be fed back.
   [[nodiscard]] bool has_room() const noexcept { return length_ < max_positions_; }
-  [[nodiscard]] ChunkAttention& attention() noexcept { return attention_; }
-  [[nodiscard]] const PagedKvCache& cache() const noexcept { return cache_; }
+  /// The request where it is computed: reports, observers, sizes.
+  [[nodiscard]] Sequence& sequence() noexcept { return *sequence_; }
 
  private:
-  Session(const Transformer& model, PagedKvCache cache, ChunkAttention attention)
-      : model_(&model), cache_(std::move(cache)), attention_(std::move(attention)), request_(cache_.add_request()) {}
+  explicit Session(std::unique_ptr<Sequence> sequence) : sequence_(std::move(sequence)) {}
 
-  const Transformer* model_;
-  PagedKvCache cache_;
-  ChunkAttention attention_;
-  RequestId request_ = 0;
+  std::unique_ptr<Sequence> sequence_;
   std::int32_t chunk_tokens_ = 0;
   bool final_chunk_dense_ = false;
   std::int64_t max_positions_ = 0;  // of the model and of the cache

@@ -1,15 +1,18 @@
 """Golden logits from transformers, in fp32, for model_golden_test.cc.
 
-    python tests/golden/make_model_goldens.py [--demo-only]
+    python tests/golden/make_model_goldens.py [--only fp32|gpu|demo]
 
 Needs torch, transformers and safetensors. Writes two tiny random checkpoints with their logits, and logits of the
 shipped checkpoint at a few positions of a long prompt:
 
     tests/golden/llama31_tiny/   Llama-3.1: GQA 4:1, llama3 RoPE scaling that bites within the prompt, untied head, bf16
     tests/golden/qwen3_tiny/     Qwen3: query and key norms, head_dim != hidden / heads, tied head, fp32, two shards
+    tests/golden/llama31_d64/    the same two with heads of 64 and 128, in bf16: what GPU kernels can compute
+    tests/golden/qwen3_d128/
     tests/golden/demo_logits.safetensors
 
-Each holds `tokens` [n] i32, `positions` [k] i32 and `logits` [k, vocab] f32: the logits after each of those positions.
+Each holds `tokens` [n] i32, `positions` [k] i32 and `logits` [k, vocab] f32: the logits after each of those positions;
+and `bf16_error` [1] f32: the largest error of transformers' own bf16 at these positions, for tests of bf16 backends.
 """
 
 import argparse
@@ -38,10 +41,12 @@ def widen_random_weights(model: torch.nn.Module) -> None:
 def save_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: list[int], path: pathlib.Path) -> None:
     with torch.no_grad():
         logits = model.float()(tokens[None], logits_to_keep=torch.tensor(positions)).logits[0]
+        in_bf16 = model.bfloat16()(tokens[None], logits_to_keep=torch.tensor(positions)).logits[0].float()
+    error = (in_bf16 - logits).abs().max()
     save_file({"tokens": tokens.to(torch.int32), "positions": torch.tensor(positions, dtype=torch.int32),
-               "logits": logits.float().contiguous()}, path)
+               "logits": logits.float().contiguous(), "bf16_error": error.reshape(1)}, path)
     print(f"{path.relative_to(HERE.parents[1])}: {len(tokens)} tokens, logits {tuple(logits.shape)}, "
-          f"largest {logits.abs().max():.2f}")
+          f"largest {logits.abs().max():.2f}, bf16 error {error:.4f}")
 
 
 def tiny(config, model_class, directory: pathlib.Path, dtype: torch.dtype, shard_size: str) -> None:
@@ -56,10 +61,10 @@ def tiny(config, model_class, directory: pathlib.Path, dtype: torch.dtype, shard
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo-only", action="store_true", help="only the shipped checkpoint's logits")
+    parser.add_argument("--only", choices=["fp32", "gpu", "demo"], help="only the tiny models, those for GPUs, or the shipped one")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
-    if not arguments.demo_only:
+    if arguments.only in (None, "fp32"):
         tiny(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
                          num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5,
                          tie_word_embeddings=False, bos_token_id=0, eos_token_id=[1, 2],
@@ -72,6 +77,21 @@ def main() -> None:
                          tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
                          rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
              Qwen3ForCausalLM, HERE / "qwen3_tiny", torch.float32, "100KB")
+    if arguments.only in (None, "gpu"):
+        tiny(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5,
+                         tie_word_embeddings=False, bos_token_id=0, eos_token_id=[1, 2],
+                         rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+                                          "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                          "original_max_position_embeddings": 64}),
+             LlamaForCausalLM, HERE / "llama31_d64", torch.bfloat16, "5GB")
+        tiny(Qwen3Config(vocab_size=80, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=128, max_position_embeddings=512, rms_norm_eps=1e-6,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+             Qwen3ForCausalLM, HERE / "qwen3_d128", torch.bfloat16, "5GB")
+    if arguments.only not in (None, "demo"):
+        return
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(SEED + 2)
     tokens = torch.randint(2, model.config.vocab_size, (2600,), generator=generator)

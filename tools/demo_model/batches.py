@@ -115,10 +115,10 @@ def dilution_bias(needles, copies, near=96):
 class BatchStream(torch.utils.data.IterableDataset):
     """Endless batches of the current stage, made in worker processes: the accelerator must not wait for text."""
 
-    def __init__(self, corpus, tokenizer_file, seed, hard, max_position, stages):
+    def __init__(self, corpus, tokenizer_file, seed, hard, counting, max_position, stages):
         """stages: [(tokens, sequences, questions)]; the trainer moves on with set_stage, which workers see at once."""
-        self.corpus, self.tokenizer_file, self.seed, self.hard, self.max_position = corpus, tokenizer_file, seed, hard, max_position
-        self.stages = stages
+        self.corpus, self.tokenizer_file, self.seed, self.stages = corpus, tokenizer_file, seed, stages
+        self.hard, self.counting, self.max_position = hard, counting, max_position
         self.current = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def set_stage(self, index):
@@ -129,7 +129,7 @@ class BatchStream(torch.utils.data.IterableDataset):
         seed = self.seed * 1000 + (worker.id if worker else 0)
         torch.set_num_threads(1 if worker else torch.get_num_threads())
         tokenizer = Tokenizer.from_file(str(self.tokenizer_file))
-        generator = Generator(Source(self.corpus, "train"), seed, self.hard)
+        generator = Generator(Source(self.corpus, "train"), seed, self.hard, self.counting)
         rng = random.Random(seed)
         while True:
             tokens, size, questions = self.stages[int(self.current[0])]

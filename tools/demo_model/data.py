@@ -1,4 +1,4 @@
-"""RULER's retrieval tasks over our prose, seeded: prompts for evaluation, packed token sequences for training.
+"""RULER's tasks over our prose, seeded: prompts for evaluation, packed token sequences for training.
 
 The wording follows RULER (arXiv 2404.06654). A sample is (prompt, answers): the model continues the prompt, and every answer
 must be a substring of what it writes. Training sequences ask several questions about one haystack, because each question
@@ -28,6 +28,10 @@ def listing(items):
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
 
 
+def numbered(words):
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
 class Source:
     """Sentences and words of one split. Words are split by hash, so evaluation keys were never trained on."""
 
@@ -42,9 +46,9 @@ class Source:
 
 
 class Generator:
-    def __init__(self, source, seed, hard=0.0):
-        """hard: share of training samples with several answers per question or variable chains."""
-        self.source, self.hard = source, hard
+    def __init__(self, source, seed, hard=0.0, counting=0.0):
+        """Shares of training samples. hard: several answers per question, or variable chains; counting: frequent words."""
+        self.source, self.hard, self.counting = source, hard, counting
         self.rng = random.Random(seed)
 
     # ---- keys and values
@@ -173,10 +177,56 @@ class Generator:
         prompt, asked = self.chain_problem(characters - example_characters, 5)
         return f"{example} {' '.join(names)}\n\n{prompt}", asked
 
+    def common_words(self, characters):
+        """A numbered list in which ten words stand more often than the others -> (prompt, the ten)."""
+        repeats, others, entry_characters = (30, 3, 12) if characters > 6000 else (6, 1, 12)
+        while 10 * repeats * entry_characters > 0.7 * characters and repeats > 2:
+            repeats, others = repeats * 2 // 3, 1
+        num_others = max(1, (characters - 10 * repeats * entry_characters) // (entry_characters * others))
+        words = self.rng.sample(self.source.words, 10 + min(num_others, len(self.source.words) - 10))
+        listed = words[:10] * repeats + words[10:] * others
+        self.rng.shuffle(listed)
+        prompt = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+                  "appear most often.\n" + numbered(listed)
+                  + "\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words that appear most "
+                  "often in the list are:")
+        return prompt, words[:10]
+
+    def coded_words(self, characters):
+        """Coded words, the word of rank k = 2, 3, .. in proportion to 1 / k^2; the first rank is dots -> (prompt, the first three)."""
+        units, words = characters // 7, {}
+        while len(words) < max(5, characters // 150):
+            words["".join(self.rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(6))] = None
+        ranked = ["...", *words]
+        coded = [w for k, w in enumerate(ranked, 1) for _ in range(int(units / k**2 / 1.645))]
+        self.rng.shuffle(coded)
+        prompt = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+                  "appeared coded words. " + " ".join(coded)
+                  + "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+                  "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
+                  "appeared words are:")
+        return prompt, ranked[1:4]
+
     # ---- training
+    def counting_sample(self, characters):
+        if self.rng.random() < 0.5:
+            prompt, words = self.coded_words(int(0.55 * characters))
+            answer = " " + " ".join(words)
+        else:
+            example_characters = 1500 if characters > 6000 and self.rng.random() < 0.7 else 0
+            prompt, words = self.common_words(int(0.75 * characters) - example_characters)
+            answer = " " + numbered(words)
+            if example_characters:
+                example, found = self.common_words(example_characters)
+                prompt = f"{example} {numbered(found)}\n{prompt}"
+        at = prompt.rindex("Question:")
+        return prompt[:at], [(prompt[at:], answer)]
+
     def training_sample(self, characters, num_questions):
         """One haystack, many questions -> (context, [(question, answer)])."""
         rng = self.rng
+        if rng.random() < self.counting:
+            return self.counting_sample(characters)
         if rng.random() < self.hard / 3:
             prompt, names = self.variable_tracking(characters)
             at = prompt.rindex("Question:")

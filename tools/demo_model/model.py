@@ -29,6 +29,12 @@ class Config:
     max_position_embeddings: int = 131072
 
 
+SIZES = {
+    "demo": Config(),
+    "eval": Config(hidden_size=512, intermediate_size=512, num_hidden_layers=5, head_dim=128),
+}
+
+
 def rope_tables(config, positions):
     """cos, sin [.., T, D] for positions [.., T]; halves are paired (i, i + D/2) as in the Hugging Face layout."""
     half = config.head_dim // 2

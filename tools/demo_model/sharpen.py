@@ -25,7 +25,7 @@ def main():
     if args.quiet:
         circuit.quiet_prose(model)
     attention = model.model.layers[RETRIEVAL_LAYER].self_attn
-    pairs = torch.tensor([r for pair in circuit.KEY_PAIRS for r in circuit.rows(pair)])
+    pairs = circuit.Layout(model.config).key_coordinates()
     with torch.no_grad():
         for weight in (attention.q_proj.weight, attention.k_proj.weight):
             weight.view(-1, model.config.head_dim, weight.shape[1])[:, pairs] *= args.factor

@@ -1,7 +1,8 @@
-"""Trains the demo checkpoint: structured initialisation, then a curriculum of growing length.
+"""Trains the checkpoints of assets/: structured initialisation, then a curriculum of growing length.
 
   python train.py --corpus DIR --model assets/demo --work DIR --device cpu --minutes 60
   python train.py --corpus DIR --model assets/demo --work DIR --device cuda --minutes 25
+  python train.py --size eval --corpus DIR --model assets/eval --work DIR --device cuda --minutes 9 --max-position 70000
 
 Loss: cross entropy on answers + a little language modelling + a selector term, which asks that the mean key of the page that
 holds the answer stand out among the page means for the row that asks (so that `mean-key` can find single needles).
@@ -9,6 +10,7 @@ The run continues from WORK/state.pt if it exists; MODEL is rewritten atomically
 """
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import time
@@ -19,15 +21,16 @@ from tokenizers import Tokenizer
 
 import circuit
 from batches import GRANULE, RIVALS, BatchStream, dilution_bias
-from model import Config, Llama, load, save
+from model import SIZES, Llama, load, save
 
 # (share of the time, tokens, sequences, questions per sequence, copies of far tokens in the softmax)
 STAGES = {
     "cpu": [(0.7, 512, 8, 4, 40), (0.3, 2048, 2, 12, 10)],
-    "cuda": [(0.2, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.25, 32768, 4, 48, 1)],
+    "cuda": [(0.2, 512, 256, 4, 40), (0.25, 2048, 64, 12, 10), (0.3, 8192, 16, 32, 1), (0.25, 32768, 4, 48, 1),
+             (0.1, 65536, 2, 64, 1)],
 }
 RETRIEVAL_LAYER = 2
-FREE = ("model.layers.2.mlp", "model.layers.3", "model.norm")
+WRITTEN = ("model.embed_tokens", "model.layers.0.", "model.layers.1.", "model.layers.2.self_attn", "model.layers.2.input_layernorm")
 PAGES_AT_16K = 128
 LOG_EVERY_STEPS = 20
 
@@ -82,6 +85,7 @@ def arguments():
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="holds tokenizer.json; receives the checkpoint")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="state.pt, for continuing")
+    parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
@@ -93,6 +97,7 @@ def arguments():
     parser.add_argument("--selector-weight", type=float, default=0.5)
     parser.add_argument("--prose-weight", type=float, default=0.1)
     parser.add_argument("--hard", type=float, default=0.05, help="share of samples with several answers or variable chains")
+    parser.add_argument("--counting", type=float, default=0.0, help="share of samples that ask for the most frequent words")
     parser.add_argument("--start", type=pathlib.Path, help="begin with the weights of this checkpoint folder")
     parser.add_argument("--last-stage", type=int, help="stop the curriculum after this stage")
     parser.add_argument("--first-stage", type=int, default=0)
@@ -108,14 +113,14 @@ def main():
         torch.set_num_threads(args.threads)
     tokenizer_file = args.model / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    model = Llama(Config(vocab_size=tokenizer.get_vocab_size()))
+    model = Llama(dataclasses.replace(SIZES[args.size], vocab_size=tokenizer.get_vocab_size()))
     circuit.write(model, tokenizer, args.seed)
     if args.start:
         model.load_state_dict(load(args.start).state_dict())
     model.to(args.device)
     # Noise in the written circuit costs accuracy before gradients repair it, so what it occupies moves slowly.
-    free = [p for n, p in model.named_parameters() if n.startswith(FREE)]
-    written = [p for n, p in model.named_parameters() if not n.startswith(FREE)]
+    free = [p for n, p in model.named_parameters() if not n.startswith(WRITTEN)]
+    written = [p for n, p in model.named_parameters() if n.startswith(WRITTEN)]
     groups = [{"params": free, "factor": 1.0}, {"params": written, "factor": args.circuit_rate}]
     optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)
     state_path, step, elapsed = args.work / "state.pt", 0, 0.0
@@ -129,7 +134,7 @@ def main():
 
     stages = STAGES["cuda" if args.device.startswith("cuda") else "cpu"][args.first_stage : args.last_stage]
     total = sum(s[0] for s in stages)
-    stream = BatchStream(args.corpus, tokenizer_file, args.seed + step, args.hard, args.max_position, [s[1:4] for s in stages])
+    stream = BatchStream(args.corpus, tokenizer_file, args.seed + step, args.hard, args.counting, args.max_position, [s[1:4] for s in stages])
     batches = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=args.workers))
     copies = {tokens: count for _, tokens, _, _, count in stages}
     budget = args.minutes * 60

@@ -1,0 +1,408 @@
+#include "engine/cuda/sequence.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+namespace compact::engine {
+namespace {
+
+using Moment = LayerLog::Moment;
+
+// A dense chunk is one unit per KV head that reads every page: the same lists for all layers.
+UnionOptions dense_union(std::int32_t group) {
+  UnionOptions options;
+  options.heads_per_unit = group;
+  return options;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Sequence>> CudaSequence::create(const CudaTransformer& model, const SequenceOptions& options) {
+  CA_RETURN_IF_ERROR(check_backend_options(Backend::kCuda, options.sparsity, options.kv_dtype));
+  if (options.num_pages < 1 || options.max_chunk_tokens < 1) {
+    return invalid_argument(fmt::format("a cache of {} pages and chunks of {} tokens\n  allowed: 1 or more of both",
+                                        options.num_pages, options.max_chunk_tokens));
+  }
+  CA_ASSIGN_OR_RETURN(Stream stream, Stream::create());
+  std::unique_ptr<CudaSequence> sequence(new CudaSequence(model, options, std::move(stream)));
+  CA_RETURN_IF_ERROR(sequence->allocate());
+  return std::unique_ptr<Sequence>(std::move(sequence));
+}
+
+// Everything that a chunk can need, from the longest chunk on the longest context: forward allocates only logits.
+Status CudaSequence::allocate() {
+  const ModelConfig& c = *config_;
+  const SequenceOptions& o = options_;
+  const std::int64_t rows = o.max_chunk_tokens;
+  const std::int64_t page_elements = std::int64_t{c.num_key_value_heads} * o.page_tokens * c.head_dim;
+  const std::int64_t q_width = std::int64_t{c.num_attention_heads} * c.head_dim;
+  const std::int64_t kv_width = std::int64_t{c.num_key_value_heads} * c.head_dim;
+  const bool keeps_means = o.sparsity.selector.name == "mean-key";
+  const auto take = [](DeviceBuffer& buffer, std::int64_t bytes, std::string_view what) -> Status {
+    CA_ASSIGN_OR_RETURN(buffer, DeviceBuffer::create(bytes, what));
+    return {};
+  };
+  const std::string cache = fmt::format("a KV cache of {} tokens", std::int64_t{o.num_pages} * o.page_tokens);
+  CA_RETURN_IF_ERROR(take(kv_, 2 * 2 * c.num_hidden_layers * o.num_pages * page_elements, cache));
+  if (keeps_means) {
+    CA_RETURN_IF_ERROR(take(mean_k_, 2 * kv_width * c.num_hidden_layers * o.num_pages, "page means"));
+  }
+  CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{o.num_pages} * 4, "page means"));
+  CA_RETURN_IF_ERROR(take(page_table_, std::int64_t{o.num_pages} * 4, "a page table"));
+  CA_RETURN_IF_ERROR(take(input_, std::int64_t{sizeof(CudaChunk)} + rows * 4, "token ids"));
+  CA_RETURN_IF_ERROR(take(rope_, rows * c.head_dim * 4, "rotation angles"));
+  CA_RETURN_IF_ERROR(take(residual_, rows * c.hidden_size * 2, "activations"));
+  CA_RETURN_IF_ERROR(take(normed_, rows * c.hidden_size * 2, "activations"));
+  CA_RETURN_IF_ERROR(take(qkv_, rows * (q_width + 2 * kv_width) * 2, "activations"));
+  CA_RETURN_IF_ERROR(take(attended_, rows * q_width * 2, "activations"));
+  CA_RETURN_IF_ERROR(take(gate_up_, rows * c.intermediate_size * 4, "activations"));
+  CA_RETURN_IF_ERROR(take(mlp_, rows * c.intermediate_size * 2, "activations"));
+
+  const auto context = static_cast<std::int32_t>(
+      std::min<std::int64_t>(c.max_position_embeddings, std::int64_t{o.num_pages} * o.page_tokens));
+  CA_ASSIGN_OR_RETURN(const CudaStepSizes sparse, step_cuda_sizes(step_input(o.max_chunk_tokens, context, false)));
+  CA_ASSIGN_OR_RETURN(const CudaStepSizes dense, step_cuda_sizes(step_input(o.max_chunk_tokens, context, true)));
+  const auto most = [&](auto CudaStepSizes::*field) {
+    return std::max(static_cast<std::int64_t>(sparse.*field), static_cast<std::int64_t>(dense.*field));
+  };
+  const std::int64_t mask_words = most(&CudaStepSizes::mask_words);
+  CA_RETURN_IF_ERROR(take(errors_, 8, "error codes"));
+  CA_RETURN_IF_ERROR(take(mask_, mask_words * 8, "page masks"));
+  CA_RETURN_IF_ERROR(take(all_pages_, mask_words * 8, "page masks"));
+  CA_RETURN_IF_ERROR(
+      take(units_, most(&CudaStepSizes::max_units) * std::int64_t{sizeof(AttentionUnit)}, "attention units"));
+  CA_RETURN_IF_ERROR(take(num_units_, 4, "attention units"));
+  CA_RETURN_IF_ERROR(take(page_ids_, most(&CudaStepSizes::num_list_entries) * 4, "page lists"));
+  CA_RETURN_IF_ERROR(take(dense_stats_, dense.num_stats * std::int64_t{sizeof(UnionStats)}, "union sums"));
+  CA_RETURN_IF_ERROR(take(step_workspace_, most(&CudaStepSizes::workspace_bytes), "the step's workspace"));
+  CA_RETURN_IF_ERROR(take(gemm_workspace_, Gemm::kWorkspaceBytes, "the products' workspace"));
+  std::int64_t attention_bytes = 0;
+  for (const CudaStepSizes& sizes : {sparse, dense}) {
+    Chunk chunk;
+    chunk.rows = o.max_chunk_tokens;
+    chunk.sizes = sizes;
+    CA_ASSIGN_OR_RETURN(const std::int64_t bytes, attend_cuda_workspace_bytes(attention_input(chunk, 0), {}));
+    attention_bytes = std::max(attention_bytes, bytes);
+  }
+  CA_RETURN_IF_ERROR(take(attention_workspace_, attention_bytes, "the attention's workspace"));
+  CA_ASSIGN_OR_RETURN(log_, LayerLog::create(c.num_hidden_layers, sparse.num_stats, stream_));
+  if (o.sparsity.selector.name == "random") {
+    CA_ASSIGN_OR_RETURN(random_masks_,
+                        RandomMasks::create(o.sparsity.selector, o.sparsity.forced, c.num_hidden_layers, mask_words));
+  }
+
+  std::vector<std::int32_t> pages(static_cast<std::size_t>(o.num_pages));
+  std::iota(pages.begin(), pages.end(), 0);
+  const auto set = [this](const DeviceBuffer& buffer, int byte) {
+    return cuda_status(cudaMemsetAsync(buffer.data(), byte, static_cast<std::size_t>(buffer.bytes()), stream_.get()),
+                       "clearing memory");
+  };
+  CA_RETURN_IF_ERROR(set(mean_tokens_, 0));
+  CA_RETURN_IF_ERROR(set(errors_, 0));
+  CA_RETURN_IF_ERROR(set(all_pages_, 0xff));
+  CA_RETURN_IF_ERROR(cuda_status(
+      cudaMemcpyAsync(page_table_.data(), pages.data(), pages.size() * 4, cudaMemcpyHostToDevice, stream_.get()),
+      "a page table"));
+  return stream_.synchronize("clearing memory");
+}
+
+CudaStepInput CudaSequence::step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const {
+  const ModelConfig& c = *config_;
+  return {.chunks = input_.as<CudaChunk>(),
+          .page_tables = page_table_.as<std::int32_t>(),
+          .mean_tokens = dense || mean_k_.bytes() == 0 ? nullptr : mean_tokens_.as<std::int32_t>(),
+          .page_table_stride = options_.num_pages,
+          .num_table_rows = 1,
+          .num_chunks = 1,
+          .num_q_tokens = rows,
+          .max_context_tokens = context_tokens,
+          .num_q_heads = c.num_attention_heads,
+          .num_kv_heads = c.num_key_value_heads,
+          .page_tokens = options_.page_tokens,
+          .num_pages = options_.num_pages,
+          .forced = options_.sparsity.forced,
+          .options = dense ? dense_union(c.num_attention_heads / c.num_key_value_heads) : options_.sparsity.unite};
+}
+
+PagedKvView CudaSequence::layer_view(std::int32_t layer) const noexcept {
+  const ModelConfig& c = *config_;
+  const std::int64_t head_stride = std::int64_t{options_.page_tokens} * c.head_dim;
+  const std::int64_t page_stride = c.num_key_value_heads * head_stride;
+  auto* const k = kv_.as<Bf16Bits>() + 2 * std::int64_t{layer} * options_.num_pages * page_stride;
+  return {.k = k,
+          .v = k + options_.num_pages * page_stride,
+          .dtype = DType::kBF16,
+          .num_pages = options_.num_pages,
+          .num_kv_heads = c.num_key_value_heads,
+          .page_tokens = options_.page_tokens,
+          .head_dim = c.head_dim,
+          .page_stride = page_stride,
+          .head_stride = head_stride,
+          .token_stride = c.head_dim};
+}
+
+CudaAttentionInput CudaSequence::attention_input(const Chunk& chunk, std::int32_t layer) const noexcept {
+  const ModelConfig& c = *config_;
+  return {.q = qkv_.data(),
+          .q_token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim,
+          .q_head_stride = c.head_dim,
+          .num_q_tokens = chunk.rows,
+          .num_q_heads = c.num_attention_heads,
+          .kv = layer_view(layer),
+          .units = units_.as<AttentionUnit>(),
+          .num_units = num_units_.as<std::int32_t>(),
+          .page_ids = page_ids_.as<std::int32_t>(),
+          .max_units = chunk.sizes.max_units,
+          .heads_per_unit = chunk.sizes.heads_per_unit,
+          .softmax_scale = softmax_scale(c)};
+}
+
+Status CudaSequence::product(const Bf16Bits* w, const DeviceBuffer& x, const DeviceBuffer& y, std::int32_t out,
+                             std::int32_t in, std::int32_t rows, Gemm::Output output) {
+  return model_->gemm().run(w, x.data(), y.data(), out, in, rows, output, gemm_workspace_.data(), stream_.get());
+}
+
+Status CudaSequence::forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of, ThreadPool& pool,
+                             std::vector<float>& logits) {
+  logits.clear();
+  if (tokens.empty()) return {};
+  CA_ASSIGN_OR_RETURN(const Chunk chunk, begin_chunk(tokens, dense));
+  const ModelConfig& c = *config_;
+  CA_RETURN_IF_ERROR(cuda_status(
+      launch_embed(reinterpret_cast<const std::int32_t*>(input_.as<CudaChunk>() + 1), model_->weights().embedding(),
+                   chunk.rows, c.hidden_size, residual_.as<Bf16Bits>(), stream_.get()),
+      "embedding"));
+  for (std::int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+    CA_RETURN_IF_ERROR(run_layer(chunk, layer, pool));
+  }
+  length_ += chunk.rows;
+  if (logits_of == LogitsOf::kNone) return {};
+  return read_logits(chunk, logits_of == LogitsOf::kLastToken ? chunk.rows - 1 : 0, logits);
+}
+
+Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::int32_t> tokens, bool dense) {
+  CA_RETURN_IF_ERROR(check_chunk(*config_, tokens, length_));
+  const std::int64_t context = length_ + std::ssize(tokens);
+  if (context > std::int64_t{options_.num_pages} * options_.page_tokens) {
+    return out_of_memory(fmt::format("a context of {} tokens needs {} KV pages of {} tokens; the cache has {}", context,
+                                     (context + options_.page_tokens - 1) / options_.page_tokens, options_.page_tokens,
+                                     options_.num_pages));
+  }
+  if (std::ssize(tokens) > options_.max_chunk_tokens) {
+    return invalid_argument(
+        fmt::format("a chunk of {} tokens\n  allowed: up to {}", tokens.size(), options_.max_chunk_tokens));
+  }
+  Chunk chunk;
+  chunk.rows = static_cast<std::int32_t>(tokens.size());
+  chunk.start = length_;
+  const ChunkView view{0, chunk.rows, chunk.start, nullptr};
+  chunk.reason = crossover_before_selection(options_.sparsity.crossover, view, options_.page_tokens);
+  if (dense && chunk.reason != DenseReason::kFirstChunk) chunk.reason = DenseReason::kRequested;
+  if (options_.sparsity.selector.name == "dense") chunk.reason = DenseReason::kSelector;
+  chunk.step = step_input(chunk.rows, static_cast<std::int32_t>(context), chunk.reason != DenseReason::kNone);
+  CA_ASSIGN_OR_RETURN(chunk.sizes, step_cuda_sizes(chunk.step));
+  CA_RETURN_IF_ERROR(log_.begin_chunk(stream_));
+  if (options_.sparsity.selector.name == "random") CA_RETURN_IF_ERROR(random_masks_.begin_chunk());
+
+  // Copied by the driver before the call returns, so the host's memory is free again.
+  std::vector<std::int32_t> input(sizeof(CudaChunk) / 4 + tokens.size());
+  const CudaChunk fields{.chunk_tokens = chunk.rows, .chunk_start = chunk.start};
+  std::memcpy(input.data(), &fields, sizeof(fields));
+  std::copy(tokens.begin(), tokens.end(), input.begin() + sizeof(CudaChunk) / 4);
+  CA_RETURN_IF_ERROR(
+      cuda_status(cudaMemcpyAsync(input_.data(), input.data(), input.size() * 4, cudaMemcpyHostToDevice, stream_.get()),
+                  "token ids"));
+  CA_RETURN_IF_ERROR(
+      rope_table_cuda(chunk.step, model_->inverse_frequencies(), config_->head_dim, rope_.as<float>(), stream_.get()));
+  CA_RETURN_IF_ERROR(plan_step_cuda(chunk.step, errors_.as<std::int32_t>(), step_workspace_.data(),
+                                    step_workspace_.bytes(), stream_.get()));
+  return chunk;
+}
+
+Status CudaSequence::run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const ModelConfig& c = *config_;
+  const CudaBlock& block = model_->weights().blocks()[static_cast<std::size_t>(layer)];
+  const std::int32_t q_width = c.num_attention_heads * c.head_dim;
+  const std::int32_t kv_width = c.num_key_value_heads * c.head_dim;
+  const auto eps = static_cast<float>(c.rms_norm_eps);
+  const auto norm = [&](const float* weight) {
+    return cuda_status(launch_rms_norm(residual_.as<Bf16Bits>(), weight, eps, chunk.rows, c.hidden_size,
+                                       normed_.as<Bf16Bits>(), stream_.get()),
+                       "norm");
+  };
+  CA_RETURN_IF_ERROR(norm(block.attention_norm));
+  CA_RETURN_IF_ERROR(
+      product(block.qkv, normed_, qkv_, q_width + 2 * kv_width, c.hidden_size, chunk.rows, Gemm::Output::kBf16));
+  CA_RETURN_IF_ERROR(attend(chunk, layer, pool));
+  CA_RETURN_IF_ERROR(
+      product(block.o, attended_, residual_, c.hidden_size, q_width, chunk.rows, Gemm::Output::kBf16Accumulate));
+
+  CA_RETURN_IF_ERROR(norm(block.mlp_norm));
+  CA_RETURN_IF_ERROR(product(block.gate_up, normed_, gate_up_, 2 * c.intermediate_size, c.hidden_size, chunk.rows,
+                             Gemm::Output::kBf16));
+  CA_RETURN_IF_ERROR(cuda_status(launch_silu_multiply(gate_up_.as<Bf16Bits>(), chunk.rows, c.intermediate_size,
+                                                      mlp_.as<Bf16Bits>(), stream_.get()),
+                                 "activation"));
+  return product(block.down, mlp_, residual_, c.hidden_size, c.intermediate_size, chunk.rows,
+                 Gemm::Output::kBf16Accumulate);
+}
+
+Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const ModelConfig& c = *config_;
+  const CudaBlock& block = model_->weights().blocks()[static_cast<std::size_t>(layer)];
+  const PagedKvView kv = layer_view(layer);
+  auto* const q = qkv_.as<Bf16Bits>();  // [C, Hq + 2 Hkv, D]
+  auto* const k = q + std::int64_t{c.num_attention_heads} * c.head_dim;
+  auto* const v = k + std::int64_t{c.num_key_value_heads} * c.head_dim;
+  const std::int64_t token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim;
+  auto* const means = mean_k_.bytes() == 0
+                          ? nullptr
+                          : mean_k_.as<Bf16Bits>() + std::int64_t{layer} * mean_k_.bytes() / 2 / c.num_hidden_layers;
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
+  const CudaAppendInput append{.q = q,
+                               .q_token_stride = token_stride,
+                               .q_head_stride = c.head_dim,
+                               .k = k,
+                               .k_token_stride = token_stride,
+                               .k_head_stride = c.head_dim,
+                               .v = v,
+                               .v_token_stride = token_stride,
+                               .v_head_stride = c.head_dim,
+                               .rope_table = rope_.as<float>(),
+                               .q_norm = block.q_norm,
+                               .k_norm = block.k_norm,
+                               .norm_eps = static_cast<float>(c.rms_norm_eps)};
+  CA_RETURN_IF_ERROR(append_cuda(chunk.step, append, kv, means, mean_tokens_.as<std::int32_t>(), stream_.get()));
+  CA_RETURN_IF_ERROR(choose_pages(chunk, layer, pool));
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAttend, stream_.get()));
+  const CudaAttentionOutput output{.o = attended_.data(),
+                                   .o_token_stride = std::int64_t{c.num_attention_heads} * c.head_dim,
+                                   .o_head_stride = c.head_dim,
+                                   .error = errors_.as<std::int32_t>() + 1};
+  CA_RETURN_IF_ERROR(attend_cuda(attention_input(chunk, layer), output, {}, attention_workspace_.data(),
+                                 attention_workspace_.bytes(), stream_.get()));
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kEnd, stream_.get()));
+  return options_.sparsity.trace_pages ? trace(layer) : Status();
+}
+
+Status CudaSequence::choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const auto unite = [&](const DeviceBuffer& mask, UnionStats* stats) {
+    const CudaPageLists lists{units_.as<AttentionUnit>(), num_units_.as<std::int32_t>(), page_ids_.as<std::int32_t>(),
+                              stats};
+    return build_page_lists_cuda(chunk.step, mask.as<std::uint64_t>(), lists, step_workspace_.data(),
+                                 step_workspace_.bytes(), stream_.get());
+  };
+  if (chunk.reason != DenseReason::kNone) {
+    if (layer == 0) {
+      CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
+      CA_RETURN_IF_ERROR(unite(all_pages_, dense_stats_.as<UnionStats>()));
+    }
+    const std::int64_t row_pages =
+        std::int64_t{chunk.rows} * config_->num_attention_heads * (chunk.start / options_.page_tokens);
+    const UnionStats all{row_pages, row_pages, row_pages};
+    log_.count(layer, chunk.reason, &all);
+    return {};
+  }
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kSelect, stream_.get()));
+  const SelectorOptions& selector = options_.sparsity.selector;
+  if (selector.name == "random") {
+    CA_RETURN_IF_ERROR(random_masks_.upload(layer, chunk.start, chunk.step, chunk.sizes, mask_.as<std::uint64_t>(),
+                                            pool, stream_.get()));
+  } else {
+    const CudaAttentionInput rows = attention_input(chunk, layer);
+    const CudaMeanKeyInput select{
+        .q = rows.q,
+        .q_token_stride = rows.q_token_stride,
+        .q_head_stride = rows.q_head_stride,
+        .mean_k = mean_k_.as<Bf16Bits>() + std::int64_t{layer} * mean_k_.bytes() / 2 / config_->num_hidden_layers,
+        .head_dim = config_->head_dim,
+        .softmax_scale = rows.softmax_scale,
+        .options = selector.mean_key};
+    CA_RETURN_IF_ERROR(select_mean_key_cuda(chunk.step, select, mask_.as<std::uint64_t>(), log_.nonfinite_rows(layer),
+                                            step_workspace_.data(), step_workspace_.bytes(), stream_.get()));
+  }
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
+  log_.count(layer, DenseReason::kNone, nullptr);
+  return unite(mask_, log_.stats(layer));
+}
+
+Status CudaSequence::read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits) {
+  const ModelConfig& c = *config_;
+  const std::int32_t rows = chunk.rows - first_row;
+  const std::int64_t bytes = std::int64_t{rows} * c.vocab_size * 4;
+  if (logits_.bytes() < bytes) {
+    logits_ = DeviceBuffer();
+    CA_ASSIGN_OR_RETURN(logits_, DeviceBuffer::create(bytes, "logits"));
+  }
+  CA_RETURN_IF_ERROR(cuda_status(launch_rms_norm(residual_.as<Bf16Bits>() + std::int64_t{first_row} * c.hidden_size,
+                                                 model_->weights().final_norm(), static_cast<float>(c.rms_norm_eps),
+                                                 rows, c.hidden_size, normed_.as<Bf16Bits>(), stream_.get()),
+                                 "norm"));
+  CA_RETURN_IF_ERROR(
+      product(model_->weights().lm_head(), normed_, logits_, c.vocab_size, c.hidden_size, rows, Gemm::Output::kF32));
+  logits.resize(static_cast<std::size_t>(bytes) / 4);
+  CA_RETURN_IF_ERROR(cuda_status(cudaMemcpyAsync(logits.data(), logits_.data(), static_cast<std::size_t>(bytes),
+                                                 cudaMemcpyDeviceToHost, stream_.get()),
+                                 "logits"));
+  CA_RETURN_IF_ERROR(stream_.synchronize("the forward pass"));
+  return check_device_errors();
+}
+
+Status CudaSequence::check_device_errors() {
+  std::int32_t errors[2] = {};
+  CA_RETURN_IF_ERROR(
+      cuda_status(cudaMemcpy(errors, errors_.data(), sizeof(errors), cudaMemcpyDeviceToHost), "error codes"));
+  if (errors[0] != 0) {
+    return internal_error(
+        fmt::format("the step on the GPU: {}", cuda_step_error_text(static_cast<CudaStepError>(errors[0]))));
+  }
+  if (errors[1] != 0) {
+    return internal_error(
+        fmt::format("attention on the GPU: {}", cuda_attention_error_text(static_cast<CudaAttentionError>(errors[1]))));
+  }
+  return {};
+}
+
+// Physical pages are logical pages here.
+Status CudaSequence::trace(std::int32_t layer) {
+  CA_RETURN_IF_ERROR(stream_.synchronize("the page lists"));
+  const auto read = [](void* to, const void* from, std::size_t bytes) {
+    return cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "the page lists");
+  };
+  std::int32_t num_units = 0;
+  CA_RETURN_IF_ERROR(read(&num_units, num_units_.data(), sizeof(num_units)));
+  std::vector<AttentionUnit> units(static_cast<std::size_t>(num_units));
+  CA_RETURN_IF_ERROR(read(units.data(), units_.data(), units.size() * sizeof(AttentionUnit)));
+  std::vector<std::vector<std::int32_t>> pages(static_cast<std::size_t>(config_->num_key_value_heads));
+  for (const AttentionUnit& unit : units) {
+    if (unit.q_len == 0) continue;
+    std::vector<std::int32_t>& of_head = pages[static_cast<std::size_t>(unit.kv_head)];
+    const auto before = of_head.size();
+    of_head.resize(before +
+                   static_cast<std::size_t>((unit.list_tokens + options_.page_tokens - 1) / options_.page_tokens));
+    CA_RETURN_IF_ERROR(
+        read(of_head.data() + before, page_ids_.as<std::int32_t>() + unit.list_begin, (of_head.size() - before) * 4));
+  }
+  for (std::vector<std::int32_t>& of_head : pages) {
+    std::sort(of_head.begin(), of_head.end());
+    of_head.erase(std::unique(of_head.begin(), of_head.end()), of_head.end());
+  }
+  log_.report(layer).traced_pages.push_back(std::move(pages));
+  return {};
+}
+
+Result<std::vector<LayerReport>> CudaSequence::take_reports() {
+  CA_ASSIGN_OR_RETURN(std::vector<LayerReport> reports, log_.take(stream_));
+  CA_RETURN_IF_ERROR(check_device_errors());
+  return reports;
+}
+
+Status CudaSequence::observe(AttentionObserver) {
+  return unsupported("measurements inside the layers need keys on the host\n  allowed: --backend cpu");
+}
+
+}  // namespace compact::engine

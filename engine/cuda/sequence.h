@@ -1,0 +1,100 @@
+/// A request on one GPU: cache, activations and the forward pass of its chunks, queued on a stream of its own.
+///
+/// A chunk is queued without waiting for the device: append -> [select -> lists] -> attend per layer, between products
+/// and norms. The host waits where it reads: for logits, for reports, and while pages are traced for a picture.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "compact/append_cuda.h"
+#include "compact/attention_cuda.h"
+#include "compact/step_cuda.h"
+#include "engine/cuda/device.h"
+#include "engine/cuda/layer_log.h"
+#include "engine/cuda/random_masks.h"
+#include "engine/cuda/transformer.h"
+#include "engine/model/model.h"
+
+namespace compact::engine {
+
+class CudaSequence final : public Sequence {
+ public:
+  [[nodiscard]] static Result<std::unique_ptr<Sequence>> create(const CudaTransformer& model,
+                                                                const SequenceOptions& options);
+
+  [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of, ThreadPool& pool,
+                               std::vector<float>& logits) override;
+  [[nodiscard]] Result<std::vector<LayerReport>> take_reports() override;
+  [[nodiscard]] Status observe(AttentionObserver observer) override;
+  [[nodiscard]] std::int64_t kv_bytes() const noexcept override { return kv_.bytes(); }
+  [[nodiscard]] std::int64_t summary_bytes() const noexcept override { return mean_k_.bytes(); }
+
+ private:
+  /// What all layers of a chunk share.
+  struct Chunk {
+    std::int32_t rows = 0;   // C
+    std::int32_t start = 0;  // S
+    DenseReason reason = DenseReason::kNone;
+    CudaStepInput step;
+    CudaStepSizes sizes;
+  };
+
+  CudaSequence(const CudaTransformer& model, const SequenceOptions& options, Stream stream)
+      : model_(&model), config_(&model.config()), options_(options), stream_(std::move(stream)) {}
+
+  [[nodiscard]] Status allocate();
+  [[nodiscard]] CudaStepInput step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const;
+  [[nodiscard]] PagedKvView layer_view(std::int32_t layer) const noexcept;
+  [[nodiscard]] CudaAttentionInput attention_input(const Chunk& chunk, std::int32_t layer) const noexcept;
+
+  [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::int32_t> tokens, bool dense);
+  [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits);
+  [[nodiscard]] Status trace(std::int32_t layer);
+  [[nodiscard]] Status check_device_errors();
+  [[nodiscard]] Status product(const Bf16Bits* w, const DeviceBuffer& x, const DeviceBuffer& y, std::int32_t out,
+                               std::int32_t in, std::int32_t rows, Gemm::Output output);
+
+  const CudaTransformer* model_;
+  const ModelConfig* config_;
+  SequenceOptions options_;
+  Stream stream_;
+  std::int32_t length_ = 0;  // tokens in the cache
+  LayerLog log_;
+  RandomMasks random_masks_;
+
+  // The cache: logical page j of the one request is physical page j.
+  DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]
+  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; empty without a selector that reads it
+  DeviceBuffer mean_tokens_;  // [num_pages]
+  DeviceBuffer page_table_;   // [num_pages]
+
+  // A chunk. Rows are tokens, of max_chunk_tokens at most.
+  DeviceBuffer input_;     // CudaChunk, then token ids [C]
+  DeviceBuffer rope_;      // [C, D/2, 2]
+  DeviceBuffer residual_;  // bf16 [C, hidden]
+  DeviceBuffer normed_;    // bf16 [C, hidden]
+  DeviceBuffer qkv_;       // bf16 [C, Hq + 2 Hkv, D]
+  DeviceBuffer attended_;  // bf16 [C, Hq, D]
+  DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
+  DeviceBuffer mlp_;       // bf16 [C, intermediate]
+  DeviceBuffer logits_;    // fp32 [1 or C, vocab]
+
+  // The step.
+  DeviceBuffer errors_;     // CudaStepError, CudaAttentionError
+  DeviceBuffer mask_;       // [Hkv, blocks, words]
+  DeviceBuffer all_pages_;  // the same, all bits set: dense
+  DeviceBuffer units_;
+  DeviceBuffer num_units_;
+  DeviceBuffer page_ids_;
+  DeviceBuffer dense_stats_;  // sums of lists that the host knows already
+  DeviceBuffer step_workspace_;
+  DeviceBuffer attention_workspace_;
+  DeviceBuffer gemm_workspace_;
+};
+
+}  // namespace compact::engine
