@@ -118,6 +118,29 @@ def task_accuracy_table(figures: dict) -> str:
                       f"(configuration {figures['digest']})."])
 
 
+def comparison_tables(figures: dict) -> str:
+    """Selectors at equal density and at equal accuracy: what `compact eval compare --json` wrote."""
+    short = lambda selector: selector.replace("assets/", "").replace(":budget=", ", ")
+    difference = lambda row: (f"{row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}]"
+                              if "difference" in row else "")
+    lines = ["| tokens | wanted density | selector | density | union inflation | recall | chosen / oracle | RULER | to dense, points [95 %] | "
+             + " | ".join(figures["tasks"]) + " | step ms | of it select | state B/token |", "|---|---|---|---|---|---|---|---|---|" + "---|" * (len(figures["tasks"]) + 3)]
+    for row in figures["rows"]:
+        tasks = " | ".join(f"{row['tasks'][task]:.1f}" if task in row.get("tasks", {}) else "" for task in figures["tasks"])
+        answers = (f"{row['accuracy']:.1f} | {difference(row)} | {tasks} | {1e3 * row['step_seconds']:.2f} | {1e3 * row['select_seconds']:.2f} | "
+                   f"{row['state_bytes_per_token']:.0f}" if "accuracy" in row else " | " * (len(figures["tasks"]) + 4))
+        lines.append(f"| {row['tokens']:,} | {row['target'] or 'as given'} | {short(row['spec'])} | {row['density']:.3f} | {row['union_inflation']:.2f} | "
+                     f"{row['recall']:.3f} | {row['vs_oracle']:.3f} | {answers} |")
+    lines += ["", f"At equal accuracy: of each selector the least density whose mean is at most {figures['tolerance']:g} points below dense's.", "",
+              "| tokens | selector | least density | to dense, points | dense step / this |", "|---|---|---|---|---|"]
+    for entry in figures["equal_accuracy"]:
+        found = (f"{entry['density']:.3f} | {entry['difference']:+.1f} | {entry['speedup']:.2f}x" if "spec" in entry else "none | |")
+        lines.append(f"| {entry['tokens']:,} | {short(entry['selector'])} | {found} |")
+    samples = max((row.get("samples", 0) for row in figures["rows"]), default=0)
+    return "\n".join([*lines, "", f"`compact eval compare` on checkpoint {figures['configuration']['model']}, {samples} answers a row at most, configuration "
+                      f"{figures['digest']}. Recall is of the fitting prompts, everything else of the answers."])
+
+
 def attention_table(figures: dict) -> str:
     sgemm = figures["sgemm"]
     lines = [f"Rates of this shared machine drift by 15 % and more within a run. sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
@@ -234,6 +257,10 @@ def tables() -> None:
                      "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
                      "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
                      "table.", ""]
+    comparison = load("comparison")
+    if comparison:
+        recorded += ["## Selectors at equal density and at equal accuracy, `comparison.json`", "",
+                     "![Accuracy against density and against time](../docs/images/comparison.svg)", "", comparison_tables(comparison), ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))

@@ -3,16 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <system_error>
 #include <vector>
 
 #include "engine/cli/commands.h"
 #include "engine/cli/eval_flags.h"
 #include "engine/cli/files.h"
+#include "engine/cli/prompt_flags.h"
 #include "engine/cli/selector_spec.h"
 #include "engine/eval/calibration.h"
 #include "engine/eval/digest.h"
@@ -24,45 +23,13 @@ namespace {
 
 struct CalibrateFlags {
   std::string model_directory;
-  std::vector<std::string> prompts;
+  PromptFlags prompts;
   std::string selector = "mean-key";
   std::string rule = "top";
   std::string target = "density=0.1";
   std::string output;
   GenerateFlags generate;
 };
-
-// Files as they are named; of a folder its files by name.
-Result<std::vector<std::filesystem::path>> list_files(const std::vector<std::string>& names) {
-  std::vector<std::filesystem::path> files;
-  for (const std::string& name : names) {
-    std::error_code error;
-    if (!std::filesystem::is_directory(name, error)) {
-      files.emplace_back(name);
-      continue;
-    }
-    std::vector<std::filesystem::path> of_folder;
-    for (const auto& entry : std::filesystem::directory_iterator(name, error)) {
-      if (entry.is_regular_file()) of_folder.push_back(entry.path());
-    }
-    if (error) return io_error(fmt::format("cannot list {}: {}", name, error.message()));
-    if (of_folder.empty()) return io_error(fmt::format("{} holds no files\n  allowed: a folder of prompts", name));
-    std::sort(of_folder.begin(), of_folder.end());
-    files.insert(files.end(), of_folder.begin(), of_folder.end());
-  }
-  return files;
-}
-
-Result<std::vector<RecallPrompt>> read_prompts(const std::vector<std::filesystem::path>& files,
-                                               const LoadedModel& model) {
-  std::vector<RecallPrompt> prompts;
-  for (const std::filesystem::path& file : files) {
-    CA_ASSIGN_OR_RETURN(const std::string text, read_text_file(file));
-    CA_ASSIGN_OR_RETURN(std::vector<std::int32_t> tokens, encode_prompt(model, text));
-    prompts.push_back({"prompts", std::move(tokens)});
-  }
-  return prompts;
-}
 
 std::string fit_table(const CalibrationFit& fit) {
   std::string text =
@@ -100,9 +67,10 @@ Status calibrate(const CalibrateFlags& flags) {
   }
   CA_ASSIGN_OR_RETURN(const GenerateOptions options, own.resolve(flags.model_directory));
   CA_RETURN_IF_ERROR(check_writable(flags.output));
-  CA_ASSIGN_OR_RETURN(const std::vector<std::filesystem::path> files, list_files(flags.prompts));
   CA_ASSIGN_OR_RETURN(const LoadedModel model, load_model(flags.model_directory, flags.generate.chat, options.backend));
-  CA_ASSIGN_OR_RETURN(const std::vector<RecallPrompt> prompts, read_prompts(files, model));
+  CA_ASSIGN_OR_RETURN(Prompts loaded, load_prompts(flags.prompts, model));
+  std::vector<RecallPrompt>& prompts = loaded.prompts;
+  for (RecallPrompt& prompt : prompts) prompt.group = "prompts";  // one fit for all
 
   const auto cost = [](const RecallPrompt& prompt) { return std::pow(static_cast<double>(prompt.tokens.size()), 2); };
   double total_cost = 0;
@@ -132,7 +100,8 @@ Status calibrate(const CalibrateFlags& flags) {
   calibration.num_layers = fit.num_layers;
   calibration.num_heads = fit.num_heads;
   calibration.heads = fit.heads;
-  calibration.fitted = {{"prompts", prompts.size()},
+  calibration.fitted = {{"made_of", loaded.configuration},
+                        {"prompts", prompts.size()},
                         {"tokens", total_tokens},
                         {"target", flags.target},
                         {"mode", own.mode},
@@ -152,7 +121,11 @@ CommandBody add_calibrate_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("calibrate", "Fit a selector's budget of every layer and head on your own prompts");
   add_model_to(*command, flags->model_directory);
-  command->add_option("--prompts", flags->prompts, "Text files, each a prompt, or folders of them")->required();
+  flags->prompts.questions.tasks = {"niah_multikey_1,niah_multivalue,vt"};
+  flags->prompts.questions.lengths = {16384};
+  flags->prompts.questions.samples = 1;
+  flags->prompts.questions.seed = 1042;  // not what `eval ruler` asks
+  flags->prompts.add_to(*command, "--prompts");
   command
       ->add_option("--selector", flags->selector,
                    "The selector, with flags that shape its scores, e.g. mean-key or sub-mean:peak-weight=0.2")

@@ -65,7 +65,7 @@ Result<Plan> make_plan(const CompareFlags& flags) {
   for (const std::string& text : specs) {
     CA_ASSIGN_OR_RETURN(SweepSpec spec, SweepSpec::parse(text));
     // A mistake in a spec should not cost the time to load.
-    const std::vector<double> first = spec.first_values(shared.page_tokens, 1);
+    const std::vector<double> first = spec.names_target() ? flags.densities : spec.first_values(shared.page_tokens, 1);
     CA_ASSIGN_OR_RETURN(const SelectorRun run,
                         resolve_selector(flags.generate, flags.model_directory,
                                          spec.at(first.front(), shared.page_tokens), flags.final_chunk));
