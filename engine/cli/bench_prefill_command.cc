@@ -106,7 +106,8 @@ nlohmann::json report(const ModelConfig& config, std::int32_t context, const Sel
 
 Status run_bench_prefill(const BenchPrefillFlags& flags) {
   if (!flags.json.empty()) CA_RETURN_IF_ERROR(check_writable(flags.json));
-  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors, flags.selectors.resolve(flags.generate));
+  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors,
+                      flags.selectors.resolve(flags.generate, flags.model_directory));
   const Backend backend = selectors.front().options.backend;
   std::vector<std::int32_t> contexts = flags.contexts;
   std::sort(contexts.begin(), contexts.end());

@@ -17,6 +17,7 @@ CommandBody add_subcommands(CLI::App& parent, std::initializer_list<CommandBody 
 CommandBody add_run_command(CLI::App& app);
 CommandBody add_demo_command(CLI::App& app);
 CommandBody add_eval_command(CLI::App& app);
+CommandBody add_calibrate_command(CLI::App& app);
 CommandBody add_bench_command(CLI::App& app);
 CommandBody add_doctor_command(CLI::App& app);
 
