@@ -7,6 +7,7 @@
 
 #include "engine/cli/files.h"
 #include "engine/eval/digest.h"
+#include "engine/model/backend.h"
 
 namespace compact::engine {
 
@@ -63,9 +64,9 @@ Result<GenerateFlags> parse_selector_spec(const GenerateFlags& base, std::string
 
 nlohmann::json prefill_flag_values(GenerateFlags flags) {
   // Figures belong to what was computed and where, not to the "auto" that chose it.
-  if (const Result<GenerateOptions> options = flags.resolve(); options.ok()) {
-    flags.backend = backend_name(options->backend);
-    flags.kv_dtype = dtype_name(options->kv_dtype);
+  if (const Result<Backend> backend = resolve_backend(flags.backend); backend.ok()) {
+    flags.backend = backend_name(*backend);
+    if (flags.kv_dtype == "auto") flags.kv_dtype = dtype_name(*backend == Backend::kCuda ? DType::kBF16 : DType::kF32);
   }
   CLI::App app;
   flags.add_prefill_to(app);
