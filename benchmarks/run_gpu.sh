@@ -35,7 +35,7 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(layouts tests bench peers sanitizer engine experiments)
 export TEST_SECONDS=${TEST_SECONDS:-40}  # of one test
 mkdir -p "$out/tests"
-chmod +x "$gpu"/*_test "$build"/compact "$build"/benchmarks/{append_gpu_bench,attention_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
+chmod +x "$gpu"/*_test "$build"/compact "$build"/benchmarks/{append_gpu_bench,sm90_experiments} 2>/dev/null  # carried files lose it
 : >"$out/table"
 
 row() { echo "$*" | tee -a "$out/table"; }
@@ -118,7 +118,7 @@ sanitizer() {
 }
 
 bench() {
-  limited bench 200 "$build/benchmarks/attention_gpu_bench" $($quick && echo --quick) --json "$out/bench.json"
+  limited bench 200 "$build/compact" bench attention --kernel all $($quick && echo --quick) --json "$out/bench.json"
   cat "$out/bench.log" 2>/dev/null
   limited append 60 "$build/benchmarks/append_gpu_bench" --json "$out/append.json"
   cat "$out/append.log" 2>/dev/null

@@ -139,6 +139,15 @@ def compare_table(figures: dict) -> str:
                       "attention mass of the chosen pages over that of as many best ones. All selectors by the same chunks, pages, forced pages and union.", "", elsewhere(figures)])
 
 
+def selector_seconds_table(figures: dict) -> str:
+    lines = ["| selector | density | inflation | attention s of a prompt | to dense |", "|---|---|---|---|---|"]
+    dense = next(row for row in figures["rows"] if row["selector"] == "dense")
+    lines += [f"| {row['selector']} | {row['density']:.3f} | {row['union_inflation']:.2f} | {row['attention_seconds']:.2f} | "
+              f"{dense['attention_seconds'] / row['attention_seconds']:.2f}x |" for row in figures["rows"]]
+    return "\n".join([*lines, "", f"What that costs: selection, union and attention of the whole prefill of {dense['tokens']:,} tokens on two CPU cores, budgets fitted to density "
+                      f"0.2 ({dense['samples']} prompts of {dense['task']}).", "", elsewhere(figures)])
+
+
 def selectors_table(figures: dict) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in figures["rows"]))
     rows = {}
@@ -239,6 +248,27 @@ def step_gpu_table(figures: dict) -> str:
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
+def select_gpu_table(figures: dict) -> str:
+    lines = ["Selection (`mean-key`, default rule) and union of one layer and chunk, each timed alone with the stream held.", "",
+             "| shape | mode | density | inflation | plan us | select us | unite us | select + unite us |", "|---|---|---|---|---|---|---|---|"]
+    for run in figures["runs"]:
+        for context in run["contexts"]:
+            for row in context["modes"]:
+                us = [1e6 * row[stage] for stage in ("plan_seconds", "select_seconds", "unite_seconds")]
+                lines.append(f"| B{run['requests']} Hq{run['num_q_heads']} Hkv{run['num_kv_heads']} C{run['chunk']} L{context['context']} | {row['name']} | "
+                             f"{row['density']:.3f} | {row['union_inflation']:.2f} | " + " | ".join(f"{x:.0f}" for x in us) + f" | {us[1] + us[2]:.0f} |")
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def step_gpu_short_table(figures: dict) -> str:
+    lines = [f"B{figures['requests']} Hq{figures['num_q_heads']} Hkv{figures['num_kv_heads']} C{figures['chunk']}, short contexts: never slower than dense.", "",
+             "| L | mode | density | select us | unite us | attend us | whole us | dense / whole |", "|---|---|---|---|---|---|---|---|"]
+    for context in figures["contexts"]:
+        lines += [f"| {context['context']} | {row['name']} | {row['density']:.3f} | {1e6 * row['select_seconds']:.0f} | {1e6 * row['unite_seconds']:.0f} | "
+                  f"{1e6 * row['attend_seconds']:.0f} | {1e6 * row['step_seconds']:.0f} | {row['speedup']:.2f}x |" for row in context["modes"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
 def append_gpu_table(figures: dict) -> str:
     lines = ["Keys rotated, K, V and page means written; queries turned in the same call. A copy moves as many bytes as K and V "
              "have (last column: as K, V and Q have), in the same run.", "",
@@ -309,6 +339,9 @@ def tables() -> None:
                      "![Accuracy of selectors against density](../docs/images/compare_eval_8k.svg)", "",
                      "In the right half of the picture the step is that of `--backend cuda` with selection on the CPU (all but dense and mean-key's default rule), "
                      "so it compares what selectors cost there with each other, not with dense.", ""]
+    seconds = load("selectors_eval_8k_cpu")
+    if seconds:
+        recorded += ["## Selectors at equal density: time, `selectors_eval_8k_cpu.json`", "", selector_seconds_table(seconds), ""]
     if selectors:
         recorded += ["## Selectors at 32K, `selectors_eval_32k.json`", "", selectors_table(selectors), ""]
     attention_gpu = load("attention_gpu")
@@ -321,6 +354,11 @@ def tables() -> None:
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
+    select_gpu, step_gpu_short = load("select_gpu"), load("step_gpu_short")
+    if select_gpu:
+        recorded += ["## Selection and union on one GPU, `select_gpu.json`", "", select_gpu_table(select_gpu), ""]
+    if step_gpu_short:
+        recorded += ["## The step on one GPU at short contexts, `step_gpu_short.json`", "", step_gpu_short_table(step_gpu_short), ""]
     append_gpu, prefill_gpu = load("append_gpu"), load("prefill_gpu")
     if append_gpu:
         recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]

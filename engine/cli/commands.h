@@ -30,6 +30,7 @@ CommandBody add_eval_perplexity_command(CLI::App& eval);
 CommandBody add_eval_longbench_command(CLI::App& eval);
 
 // Subcommands of `compact bench`.
+CommandBody add_bench_attention_command(CLI::App& bench);
 CommandBody add_bench_prefill_command(CLI::App& bench);
 CommandBody add_bench_step_command(CLI::App& bench);
 CommandBody add_bench_select_command(CLI::App& bench);

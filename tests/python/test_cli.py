@@ -148,6 +148,10 @@ def test_bench_prefill_names_what_is_wrong(cli, flags, message):
     assert message in run(cli, "bench", "prefill", *flags, expect=2)
 
 
+def test_bench_attention_is_for_a_gpu(cli):
+    assert "bench attention times: cuda" in run(cli, "bench", "attention", "--backend", "cpu", expect=2)
+
+
 def test_bench_select_is_for_a_gpu(cli):
     assert "see bench step" in run(cli, "bench", "select", "--backend", "cpu", expect=2)
 
