@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include "engine/bench/cuda/gpu_bench.h"
-#include "src/attention/cuda/plan.h"
+#include "engine/bench/step_cuda.h"
 
 namespace compact::engine {
 namespace {
@@ -94,18 +94,11 @@ Result<AttentionRow> measure(const Case& c, const Inputs& data, CudaBackend kern
   run(0);
   CA_BENCH_CUDA(cudaDeviceSynchronize());
   o_values = bench::first_values(o.data(), data.rows * c.head_dim);
-
-  CA_ASSIGN_OR_RETURN(const CudaPlan plan, plan_attention(data.inputs[0], options));
-  const CudaChain chain = make_chain(plan, data.inputs[0], output, options, workspace.data());
-  const bench::Times prepare = time_runs([&](int) { check(launch_chain_prepare(plan, chain, nullptr)); });
-  const bench::Times combine = time_runs([&](int) { check(launch_chain_combine(plan, chain, nullptr)); });
   AttentionRow row;
   row.name = c.name;
   row.kernel = kernel == CudaBackend::kSm90 ? "sm90" : "sm80";
   row.median_ms = total.median_ms;
   row.min_ms = total.min_ms;
-  row.prepare_ms = prepare.median_ms;
-  row.combine_ms = combine.median_ms;
   row.tflops = data.lists.flop / total.median_ms * 1e-9;
   row.dense_tflops = data.lists.dense_flop / total.median_ms * 1e-9;
   return row;
@@ -115,7 +108,7 @@ Result<AttentionRow> measure(const Case& c, const Inputs& data, CudaBackend kern
 
 Status bench_attention_cuda(const AttentionBenchOptions& options,
                             const std::function<void(const AttentionRow&)>& done) {
-  CA_RETURN_IF_ERROR(current_cuda_device().status());
+  CA_RETURN_IF_ERROR(cuda_bench_device().status());
   bool warm = false;
   for (const Case& c : fixed_set()) {
     if ((options.quick && !c.quick) || c.name.find(options.filter) == std::string::npos) continue;

@@ -20,7 +20,6 @@ struct AttentionRow {
   std::string name;
   std::string kernel;  // "sm90" or "sm80"
   double median_ms = 0, min_ms = 0;
-  double prepare_ms = 0, combine_ms = 0;  // the plan, timed alone; part of the whole
   double tflops = 0;                      // visible (query, key) pairs
   double dense_tflops = 0;                // as if every page were listed
   double difference = 0;                  // of the output from that of the first kernel, at most

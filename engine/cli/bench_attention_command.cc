@@ -96,9 +96,8 @@ Status run_bench_attention(const BenchAttentionFlags& flags) {
     fmt::print("bf16 product: not timed: {}\n", rate.status().message());
   }
   CA_RETURN_IF_ERROR(bench_attention_cuda(options, [&](const AttentionRow& row) {
-    fmt::print("{:44} {} {:9.4f} ms (min {:9.4f}) {:6.1f} TFLOP/s  dense-equivalent {:7.1f}  plan {:5.1f} + {:5.1f} us",
-               row.name, row.kernel, row.median_ms, row.min_ms, row.tflops, row.dense_tflops, 1e3 * row.prepare_ms,
-               1e3 * row.combine_ms);
+    fmt::print("{:44} {} {:9.4f} ms (min {:9.4f}) {:6.1f} TFLOP/s  dense-equivalent {:7.1f}", row.name, row.kernel,
+               row.median_ms, row.min_ms, row.tflops, row.dense_tflops);
     if (row.difference > 0) fmt::print("  max difference {:.4f}", row.difference);
     fmt::print("\n");
     figures["rows"].push_back({{"name", row.name},
@@ -106,9 +105,7 @@ Status run_bench_attention(const BenchAttentionFlags& flags) {
                                {"ms_median", row.median_ms},
                                {"ms_min", row.min_ms},
                                {"tflops", row.tflops},
-                               {"effective_dense_tflops", row.dense_tflops},
-                               {"prepare_ms", row.prepare_ms},
-                               {"combine_ms", row.combine_ms}});
+                               {"effective_dense_tflops", row.dense_tflops}});
   }));
   std::fflush(stdout);
   if (flags.peers) CA_RETURN_IF_ERROR(run_peers(flags, figures));
