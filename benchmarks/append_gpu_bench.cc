@@ -3,8 +3,8 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "engine/bench/cuda/gpu_bench.h"
 #include "compact/append_cuda.h"
+#include "engine/bench/cuda/gpu_bench.h"
 
 namespace compact::bench {
 namespace {

@@ -18,8 +18,8 @@
 # anything failed. Not run is never passed: a missing binary or tool is a line of the table.
 set -uo pipefail
 
-build=${1:?build directory}
-out=${2:?output directory}
+build=$(realpath -m "${1:?build directory}")
+out=$(realpath -m "${2:?output directory}")
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 gpu=$build/tests/gpu
@@ -110,6 +110,8 @@ sanitizer() {
   for tool in memcheck racecheck synccheck; do
     limited "sanitizer_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/attention_gpu_test" \
       --gtest_filter='*OneTile*:*EmptyLists*:*BadPageIds*'
+    limited "sanitizer_append_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/append_gpu_test" \
+      --gtest_filter='*ManyChunks*:*OutOfRange*'
     limited "sanitizer_step_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/step_gpu_test" \
       --gtest_filter='*ShareZero*:*ChunkPages*:*Nonfinite*'
   done
@@ -149,7 +151,15 @@ found = glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/**/libcublasLt.so*
 print(":".join(sorted({os.path.dirname(f) for f in found})))' 2>/dev/null)
   export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   $quick && contexts=8192,32768
-  (cd "$here/.." && limited engine_tests 120 "$gpu/engine_gpu_test")
+  cd "$here/.." || return
+  # The logits of real shapes, if transformers is there to make them.
+  for shape in llama31_8b qwen3_8b; do
+    limited "golden_$shape" 120 python3 tests/golden/make_model_goldens.py --shape "$here/configs/$shape.json" --out "$out/golden" &&
+      COMPACT_GOLDEN_DIR=$out/golden limited "engine_$shape" 60 "$gpu/engine_gpu_test" --gtest_filter='*LargeShape*' &&
+      grep 'largest error' "$out/engine_$shape.log"
+    rm -rf "$out/golden"
+  done
+  limited engine_tests 120 "$gpu/engine_gpu_test"
   for backend in cpu cuda; do
     limited "demo_$backend" 120 "$build/compact" demo -m "$here/../assets/demo" --backend $backend --svg ""
     grep -E '^(answer|first token|attention|past pages)' "$out/demo_$backend.log"

@@ -69,6 +69,12 @@ struct KvStepSpec {
          (value_of(stream, 0, position, head, dim) + 2.0F * value_of(stream, 1, 1000000 + topic, kv_head, dim));
 }
 
+/// Before RoPE: other numbers than after it, so that a mix-up shows.
+[[nodiscard]] inline float pre_rope_query_value(const KvStepSpec& spec, std::uint64_t stream, std::int32_t position,
+                                                std::int32_t local_head, std::int32_t dim) {
+  return 0.5F - query_value(spec, stream, position, local_head, (dim + 1) % spec.head_dim);
+}
+
 class KvStep {
  public:
   static constexpr std::int32_t kSparePages = 3;
@@ -79,6 +85,7 @@ class KvStep {
     std::int32_t tokens = 0;
     for (const ChunkSpec& chunk : spec.chunks) tokens += kSpareRows + chunk.tokens;
     q_.assign(static_cast<std::size_t>(tokens) * heads() * dim(), std::numeric_limits<float>::quiet_NaN());
+    q_pre_ = q_;
     std::int32_t row = 0;
     for (const ChunkSpec& chunk : spec.chunks) {
       row += kSpareRows;
@@ -86,8 +93,10 @@ class KvStep {
       for (std::int32_t t = 0; t < chunk.tokens; ++t) {
         for (std::int32_t h = 0; h < spec.q_heads; ++h) {
           for (std::int32_t x = 0; x < spec.head_dim; ++x) {
-            q_[(static_cast<std::size_t>(row + t) * heads() + static_cast<std::size_t>(h)) * dim() +
-               static_cast<std::size_t>(x)] = query_value(spec, chunk.stream, chunk.start + t, h, x);
+            const std::size_t at = (static_cast<std::size_t>(row + t) * heads() + static_cast<std::size_t>(h)) * dim() +
+                                   static_cast<std::size_t>(x);
+            q_[at] = query_value(spec, chunk.stream, chunk.start + t, h, x);
+            q_pre_[at] = pre_rope_query_value(spec, chunk.stream, chunk.start + t, h, x);
           }
         }
       }
@@ -110,6 +119,7 @@ class KvStep {
     input.softmax_scale = scale();
     input.kv = cache_.layer(0);
     input.forced = {0, 0};
+    input.q_pre = contiguous_rows<const float>(q_pre_.data(), input.q.tokens, spec_.q_heads, spec_.head_dim);
     return input;
   }
   [[nodiscard]] PageMassInput mass_input(std::int32_t block_tokens) const {
@@ -160,7 +170,7 @@ class KvStep {
     Rows rows(spec_.page_tokens, spec_.kv_heads, spec_.head_dim);
     for (std::int32_t page = 0; page < cache_.options().num_pages; ++page) {
       owners.push_back(cache_.add_request());
-      write(owners.back(), rows, rows);
+      write(owners.back(), rows, rows, rows);
     }
     std::shuffle(owners.begin(), owners.end(), std::mt19937_64(spec_.page_seed));
     for (const RequestId owner : owners) expect_ok(cache_.release(owner));
@@ -173,25 +183,27 @@ class KvStep {
       if (begin < chunk.start && spec_.append_tokens > 0) tokens = std::min(tokens, spec_.append_tokens);
       Rows k(tokens, spec_.kv_heads, spec_.head_dim);
       Rows v(tokens, spec_.kv_heads, spec_.head_dim);
+      Rows k_pre(tokens, spec_.kv_heads, spec_.head_dim);
       for (std::int32_t t = 0; t < tokens; ++t) {
         for (std::int32_t h = 0; h < spec_.kv_heads; ++h) {
           for (std::int32_t x = 0; x < spec_.head_dim; ++x) {
             const std::uint64_t stream = chunk.stream + (begin + t >= spec_.changed_from ? 5000 : 0);
             k.at(t, h, x) = key_value(1, stream, begin + t, spec_.first_kv_head + h, x);
             v.at(t, h, x) = key_value(2, stream, begin + t, spec_.first_kv_head + h, x);
+            k_pre.at(t, h, x) = key_value(3, stream, begin + t, spec_.first_kv_head + h, x);
           }
         }
       }
-      write(request, k, v);
+      write(request, k, v, k_pre);
       begin += tokens;
     }
     return request;
   }
 
-  void write(RequestId request, const Rows& k, const Rows& v) {
+  void write(RequestId request, const Rows& k, const Rows& v, const Rows& k_pre) {
     const std::int32_t position = cache_.length(request).value();
     expect_ok(cache_.extend(request, k.tokens()));
-    expect_ok(cache_.write(request, 0, position, k.view(), v.view(), pool_));
+    expect_ok(cache_.write(request, 0, position, k.view(), v.view(), pool_, k_pre.view()));
   }
 
   [[nodiscard]] std::size_t heads() const { return static_cast<std::size_t>(spec_.q_heads); }
@@ -201,6 +213,7 @@ class KvStep {
   ThreadPool pool_{1};
   PagedKvCache cache_;
   std::vector<float> q_;             // [T, Hq, D]
+  std::vector<float> q_pre_;         // [T, Hq, D]  before RoPE
   std::vector<RequestId> requests_;  // [B]
   std::vector<ChunkView> chunks_;    // [B]
 };

@@ -118,6 +118,49 @@ def task_accuracy_table(figures: dict) -> str:
                       f"(configuration {figures['digest']})."])
 
 
+def compare_table(figures: dict) -> str:
+    """Selectors at equal density: accuracy, and the mass that they keep beside the oracle's."""
+    name = lambda row: row["selector"].split(":")[0]
+    wanted = sorted({row["target"] for row in figures["rows"] if row["target"]})
+    rows = {}
+    for row in figures["rows"]:
+        rows.setdefault(name(row), {})[row["target"]] = row
+    hardest = figures["tasks"][-1]
+    lines = ["| selector | " + " | ".join(f"at density {target:g}" for target in wanted) + " |", "|---|" + "---|" * len(wanted)]
+    for selector, of in sorted(rows.items(), key=lambda item: -next(iter(item[1].values()))["accuracy"]):
+        if selector == "dense":
+            continue
+        cells = [f"{row['accuracy']:.0f}, {row['tasks'][hardest]:.0f} ({row['density']:.2f}, x{row['union_inflation']:.2f}; "
+                 + ("-)" if selector == "static" else f"{row['vs_oracle']:.2f})") for row in (of[target] for target in wanted)]
+        lines.append(f"| {selector} | " + " | ".join(cells) + " |")
+    dense = rows["dense"][0.0]
+    return "\n".join([*lines, "", f"`assets/eval`, {dense['tokens']:,} tokens: percent of answers right, mean of {', '.join(figures['tasks'])}, and of {hardest} alone (dense: "
+                      f"{dense['accuracy']:.0f}, {dense['tasks'][hardest]:.0f}; {dense['samples']} samples). In brackets the density after the union that was read, the union's inflation, and the "
+                      "attention mass of the chosen pages over that of as many best ones. All selectors by the same chunks, pages, forced pages and union.", "", elsewhere(figures)])
+
+
+def selector_seconds_table(figures: dict) -> str:
+    lines = ["| selector | density | inflation | attention s of a prompt | to dense |", "|---|---|---|---|---|"]
+    dense = next(row for row in figures["rows"] if row["selector"] == "dense")
+    lines += [f"| {row['selector']} | {row['density']:.3f} | {row['union_inflation']:.2f} | {row['attention_seconds']:.2f} | "
+              f"{dense['attention_seconds'] / row['attention_seconds']:.2f}x |" for row in figures["rows"]]
+    return "\n".join([*lines, "", f"What that costs: selection, union and attention of the whole prefill of {dense['tokens']:,} tokens on two CPU cores, budgets fitted to density "
+                      f"0.2 ({dense['samples']} prompts of {dense['task']}).", "", elsewhere(figures)])
+
+
+def selectors_table(figures: dict) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in figures["rows"]))
+    rows = {}
+    for row in figures["rows"]:
+        rows.setdefault(row["selector"], {})[row["task"]] = row
+    lines = ["| selector | density | inflation | " + " | ".join(tasks) + " |", "|---|---|---|" + "---|" * len(tasks)]
+    for selector, of in rows.items():
+        first = of[tasks[0]]
+        lines.append(f"| {selector} | {first['density']:.3f} | {first['union_inflation']:.2f} | "
+                     + " | ".join(f"{of[task]['accuracy']:.0f} ({of[task]['samples']})" for task in tasks) + " |")
+    return "\n".join([*lines, "", f"`assets/eval`, {figures['rows'][0]['tokens']:,} tokens, percent right (samples), budgets before the union.", "", elsewhere(figures)])
+
+
 def attention_table(figures: dict) -> str:
     sgemm = figures["sgemm"]
     lines = [f"Rates of this shared machine drift by 15 % and more within a run. sgemm of the same run: {max(row['gflops'] for row in sgemm):.0f} GFLOP/s, the largest median of three shapes.", "", "| shape | GFLOP/s, median | best | median / sgemm median |", "|---|---|---|---|"]
@@ -205,6 +248,61 @@ def step_gpu_table(figures: dict) -> str:
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
+def select_gpu_table(figures: dict) -> str:
+    lines = ["Selection (`mean-key`, default rule) and union of one layer and chunk, each timed alone with the stream held.", "",
+             "| shape | mode | density | inflation | plan us | select us | unite us | select + unite us |", "|---|---|---|---|---|---|---|---|"]
+    for run in figures["runs"]:
+        for context in run["contexts"]:
+            for row in context["modes"]:
+                us = [1e6 * row[stage] for stage in ("plan_seconds", "select_seconds", "unite_seconds")]
+                lines.append(f"| B{run['requests']} Hq{run['num_q_heads']} Hkv{run['num_kv_heads']} C{run['chunk']} L{context['context']} | {row['name']} | "
+                             f"{row['density']:.3f} | {row['union_inflation']:.2f} | " + " | ".join(f"{x:.0f}" for x in us) + f" | {us[1] + us[2]:.0f} |")
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def step_gpu_short_table(figures: dict) -> str:
+    lines = [f"B{figures['requests']} Hq{figures['num_q_heads']} Hkv{figures['num_kv_heads']} C{figures['chunk']}, short contexts: never slower than dense.", "",
+             "| L | mode | density | select us | unite us | attend us | whole us | dense / whole |", "|---|---|---|---|---|---|---|---|"]
+    for context in figures["contexts"]:
+        lines += [f"| {context['context']} | {row['name']} | {row['density']:.3f} | {1e6 * row['select_seconds']:.0f} | {1e6 * row['unite_seconds']:.0f} | "
+                  f"{1e6 * row['attend_seconds']:.0f} | {1e6 * row['step_seconds']:.0f} | {row['speedup']:.2f}x |" for row in context["modes"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def append_gpu_table(figures: dict) -> str:
+    lines = ["Keys rotated, K, V and page means written; queries turned in the same call. A copy moves as many bytes as K and V "
+             "have (last column: as K, V and Q have), in the same run.", "",
+             "| shape | copy ms | append K, V ms | of a copy | with Q ms | of a copy |", "|---|---|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['copy_ms']:.4f} | {row['kv_ms']:.4f} | {row['kv_to_copy']:.2f} | {row['all_ms']:.4f} | {row['all_to_copy']:.2f} |"
+              for row in figures["rows"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def prefill_gpu_table(figures: dict) -> str:
+    shape = figures["shape"]
+    lines = [f"Time to first token of the shape of {pathlib.Path(figures['model']).stem}: {shape['layers']} layers, hidden {shape['hidden']}, Hq {shape['q_heads']}, Hkv "
+             f"{shape['kv_heads']}, D {shape['head_dim']}, bf16, weights drawn at random, one request. `random:share=0.1` forces a tenth of the past pages "
+             "(plus sinks and windows; a second ratio adds the selection time of `mean-key` at the same length, since a draw costs nothing). `mean-key` is "
+             "the default rule, which finds little on weights without meaning. A "
+             f"product of 8192 x 8192 in the same run: {figures['gemm_tflops']:.0f} TFLOP/s; `of it`: FLOP of the whole dense model over TTFT against that.",
+             "", "| L | C | selector | density | TTFT s | to dense | attention s | share | select s | of it | GB |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for row in figures["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['context']:,} | | {row['selector']} | | no memory | | | | | | |")
+            continue
+        rate = f"{row['tflops'] / figures['gemm_tflops']:.0%}" if "tflops" in row else ""
+        speedup = f"{row['speedup_to_dense']:.2f}x" if "speedup_to_dense" in row else ""
+        chosen = [other for other in figures["rows"] if other["selector"].startswith("mean-key") and other["context"] == row["context"]
+                  and other.get("chunk") == row["chunk"]]
+        if speedup and chosen and row["selector"].startswith("random"):
+            with_choice = row["ttft_seconds"] - row["select_seconds"] + chosen[0]["select_seconds"]
+            speedup += f", {row['speedup_to_dense'] * row['ttft_seconds'] / with_choice:.2f}x"
+        lines.append(f"| {row['context']:,} | {row['chunk']} | {row['selector'].split(':chunk')[0]} | {row['density']:.3f} | {row['ttft_seconds']:.2f} | {speedup} | "
+                     f"{row['attention_seconds']:.2f} | {row['attention_share']:.0%} | {row['select_seconds']:.2f} | {rate} | {row['peak_bytes'] / 1e9:.0f} |")
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
 def sdpa_table(figures: dict) -> str:
     lines = [f"{figures['threads']} threads, in turns; of the same run: sgemm {figures['sgemm_gflops']:.0f}, PyTorch's bf16 matmul "
              f"{figures['bf16_matmul_gflops']:.0f} GFLOP/s. `kernel`: forced; without one asked for the fastest runs.", "",
@@ -234,6 +332,18 @@ def tables() -> None:
                      "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
                      "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
                      "table.", ""]
+    compare, selectors = load("compare_eval_8k"), load("selectors_eval_32k")
+    if compare:
+        replace_block(ROOT / "README.md", "selectors", compare_table(compare))
+        recorded += ["## Selectors at equal density, `compare_eval_8k.json`", "", compare_table(compare), "",
+                     "![Accuracy of selectors against density](../docs/images/compare_eval_8k.svg)", "",
+                     "In the right half of the picture the step is that of `--backend cuda` with selection on the CPU (all but dense and mean-key's default rule), "
+                     "so it compares what selectors cost there with each other, not with dense.", ""]
+    seconds = load("selectors_eval_8k_cpu")
+    if seconds:
+        recorded += ["## Selectors at equal density: time, `selectors_eval_8k_cpu.json`", "", selector_seconds_table(seconds), ""]
+    if selectors:
+        recorded += ["## Selectors at 32K, `selectors_eval_32k.json`", "", selectors_table(selectors), ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))
@@ -244,6 +354,18 @@ def tables() -> None:
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
+    select_gpu, step_gpu_short = load("select_gpu"), load("step_gpu_short")
+    if select_gpu:
+        recorded += ["## Selection and union on one GPU, `select_gpu.json`", "", select_gpu_table(select_gpu), ""]
+    if step_gpu_short:
+        recorded += ["## The step on one GPU at short contexts, `step_gpu_short.json`", "", step_gpu_short_table(step_gpu_short), ""]
+    append_gpu, prefill_gpu = load("append_gpu"), load("prefill_gpu")
+    if append_gpu:
+        recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]
+    if prefill_gpu:
+        replace_block(ROOT / "README.md", "prefill", prefill_gpu_table(prefill_gpu))
+        recorded += ["## A whole model on one GPU, `prefill_gpu.json`, `prefill_gpu_qwen3.json`", "", prefill_gpu_table(prefill_gpu), "",
+                     prefill_gpu_table(load("prefill_gpu_qwen3")), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
     if sdpa:

@@ -3,8 +3,7 @@
 #include <fmt/format.h>
 
 #include "engine/bench/cuda/gpu_bench.h"
-#include "engine/cuda/gemm.h"
-#include "src/attention/cuda/plan.h"
+#include "engine/bench/step_cuda.h"
 
 namespace compact::engine {
 namespace {
@@ -95,18 +94,11 @@ Result<AttentionRow> measure(const Case& c, const Inputs& data, CudaBackend kern
   run(0);
   CA_BENCH_CUDA(cudaDeviceSynchronize());
   o_values = bench::first_values(o.data(), data.rows * c.head_dim);
-
-  CA_ASSIGN_OR_RETURN(const CudaPlan plan, plan_attention(data.inputs[0], options));
-  const CudaChain chain = make_chain(plan, data.inputs[0], output, options, workspace.data());
-  const bench::Times prepare = time_runs([&](int) { check(launch_chain_prepare(plan, chain, nullptr)); });
-  const bench::Times combine = time_runs([&](int) { check(launch_chain_combine(plan, chain, nullptr)); });
   AttentionRow row;
   row.name = c.name;
   row.kernel = kernel == CudaBackend::kSm90 ? "sm90" : "sm80";
   row.median_ms = total.median_ms;
   row.min_ms = total.min_ms;
-  row.prepare_ms = prepare.median_ms;
-  row.combine_ms = combine.median_ms;
   row.tflops = data.lists.flop / total.median_ms * 1e-9;
   row.dense_tflops = data.lists.dense_flop / total.median_ms * 1e-9;
   return row;
@@ -116,7 +108,7 @@ Result<AttentionRow> measure(const Case& c, const Inputs& data, CudaBackend kern
 
 Status bench_attention_cuda(const AttentionBenchOptions& options,
                             const std::function<void(const AttentionRow&)>& done) {
-  CA_RETURN_IF_ERROR(current_cuda_device().status());
+  CA_RETURN_IF_ERROR(cuda_bench_device().status());
   bool warm = false;
   for (const Case& c : fixed_set()) {
     if ((options.quick && !c.quick) || c.name.find(options.filter) == std::string::npos) continue;
@@ -133,22 +125,6 @@ Status bench_attention_cuda(const AttentionBenchOptions& options,
     }
   }
   return {};
-}
-
-Result<double> gemm_rate_cuda() {
-  constexpr std::int32_t kSize = 8192;
-  CA_RETURN_IF_ERROR(current_cuda_device().status());
-  CA_ASSIGN_OR_RETURN(const std::unique_ptr<Gemm> gemm, Gemm::create());
-  const std::int64_t elements = std::int64_t{kSize} * kSize;
-  const Memory w(2 * elements), x(2 * elements), y(2 * elements), workspace(Gemm::kWorkspaceBytes);
-  CA_BENCH_CUDA(bench::fill_normal(w.data(), elements, DType::kBF16, 1));
-  CA_BENCH_CUDA(bench::fill_normal(x.data(), elements, DType::kBF16, 2));
-  CA_RETURN_IF_ERROR(
-      gemm->run(w.data(), x.data(), y.data(), kSize, kSize, kSize, Gemm::Output::kBf16, workspace.data(), nullptr));
-  const bench::Times times = time_runs([&](int) {
-    check(gemm->run(w.data(), x.data(), y.data(), kSize, kSize, kSize, Gemm::Output::kBf16, workspace.data(), nullptr));
-  });
-  return 2.0 * kSize * kSize * kSize / times.median_ms * 1e-9;
 }
 
 }  // namespace compact::engine

@@ -1,5 +1,4 @@
-/// Speed of attention over page lists on an NVIDIA GPU, on a fixed set of shapes, beside the matrix products of the
-/// same minute.
+/// Speed of attention over page lists on an NVIDIA GPU, on a fixed set of shapes.
 #pragma once
 
 #include <functional>
@@ -21,7 +20,6 @@ struct AttentionRow {
   std::string name;
   std::string kernel;  // "sm90" or "sm80"
   double median_ms = 0, min_ms = 0;
-  double prepare_ms = 0, combine_ms = 0;  // the plan, timed alone; part of the whole
   double tflops = 0;                      // visible (query, key) pairs
   double dense_tflops = 0;                // as if every page were listed
   double difference = 0;                  // of the output from that of the first kernel, at most
@@ -32,8 +30,5 @@ struct AttentionRow {
 /// Errors: kUnsupported (build without CUDA, a kernel that the device lacks), kCudaError.
 [[nodiscard]] Status bench_attention_cuda(const AttentionBenchOptions& options,
                                           const std::function<void(const AttentionRow&)>& done);
-
-/// TFLOP/s of a product of bf16 matrices of 8192 x 8192 by cuBLASLt, on random data. Errors: as Gemm (cuda/gemm.h).
-[[nodiscard]] Result<double> gemm_rate_cuda();
 
 }  // namespace compact::engine

@@ -17,8 +17,6 @@ Status bench_attention_cuda(const AttentionBenchOptions&, const std::function<vo
   return no_cuda();
 }
 
-Result<double> gemm_rate_cuda() { return no_cuda(); }
-
 Result<std::vector<StepRow>> bench_step_cuda(const StepShape&, std::int32_t, std::int32_t, double, bool) {
   return no_cuda();
 }

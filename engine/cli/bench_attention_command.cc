@@ -16,11 +16,14 @@
 #include "engine/bench/step_cuda.h"
 #include "engine/cli/commands.h"
 #include "engine/cli/files.h"
+#include "engine/cuda/cuda_model.h"
 
 extern char** environ;
 
 namespace compact::engine {
 namespace {
+
+constexpr std::int32_t kGemmSize = 8192;
 
 struct BenchAttentionFlags {
   std::string backend = "cuda";
@@ -86,16 +89,15 @@ Status run_bench_attention(const BenchAttentionFlags& flags) {
   CA_ASSIGN_OR_RETURN(const CudaBenchDevice device, cuda_bench_device());
   nlohmann::json figures = {{"backend", "cuda"}, {"device", device.name}, {"rows", nlohmann::json::array()}};
   fmt::print("{}\n", device.name);
-  if (const Result<double> rate = gemm_rate_cuda(); rate.ok()) {
-    fmt::print("bf16 product of 8192 x 8192 matrices: {:.1f} TFLOP/s\n", *rate);
+  if (const Result<double> rate = measure_cuda_gemm_tflops(kGemmSize); rate.ok()) {
+    fmt::print("bf16 product of {0} x {0} matrices: {1:.1f} TFLOP/s\n", kGemmSize, *rate);
     figures["gemm_tflops"] = *rate;
   } else {
     fmt::print("bf16 product: not timed: {}\n", rate.status().message());
   }
   CA_RETURN_IF_ERROR(bench_attention_cuda(options, [&](const AttentionRow& row) {
-    fmt::print("{:44} {} {:9.4f} ms (min {:9.4f}) {:6.1f} TFLOP/s  dense-equivalent {:7.1f}  plan {:5.1f} + {:5.1f} us",
-               row.name, row.kernel, row.median_ms, row.min_ms, row.tflops, row.dense_tflops, 1e3 * row.prepare_ms,
-               1e3 * row.combine_ms);
+    fmt::print("{:44} {} {:9.4f} ms (min {:9.4f}) {:6.1f} TFLOP/s  dense-equivalent {:7.1f}", row.name, row.kernel,
+               row.median_ms, row.min_ms, row.tflops, row.dense_tflops);
     if (row.difference > 0) fmt::print("  max difference {:.4f}", row.difference);
     fmt::print("\n");
     figures["rows"].push_back({{"name", row.name},
@@ -103,9 +105,7 @@ Status run_bench_attention(const BenchAttentionFlags& flags) {
                                {"ms_median", row.median_ms},
                                {"ms_min", row.min_ms},
                                {"tflops", row.tflops},
-                               {"effective_dense_tflops", row.dense_tflops},
-                               {"prepare_ms", row.prepare_ms},
-                               {"combine_ms", row.combine_ms}});
+                               {"effective_dense_tflops", row.dense_tflops}});
   }));
   std::fflush(stdout);
   if (flags.peers) CA_RETURN_IF_ERROR(run_peers(flags, figures));

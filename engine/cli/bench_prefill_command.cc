@@ -80,7 +80,7 @@ nlohmann::json report(const ModelConfig& config, std::int32_t context, const Sel
       100 * times.attention_seconds() / times.ttft_seconds, times.select_seconds, times.stats.density(),
       times.stats.union_inflation(), static_cast<double>(times.peak_bytes) * 1e-9);
   if (dense) {
-    fmt::print("  {:5.0f} TFLOP/s{}", tflops,
+    fmt::print("  {:.3g} TFLOP/s{}", tflops,
                gemm_tflops > 0 ? fmt::format(" = {:.0f} % of a product", 100 * tflops / gemm_tflops) : "");
   }
   fmt::print("\n");
@@ -106,7 +106,8 @@ nlohmann::json report(const ModelConfig& config, std::int32_t context, const Sel
 
 Status run_bench_prefill(const BenchPrefillFlags& flags) {
   if (!flags.json.empty()) CA_RETURN_IF_ERROR(check_writable(flags.json));
-  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors, flags.selectors.resolve(flags.generate));
+  CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors,
+                      flags.selectors.resolve(flags.generate, flags.model_directory));
   const Backend backend = selectors.front().options.backend;
   std::vector<std::int32_t> contexts = flags.contexts;
   std::sort(contexts.begin(), contexts.end());

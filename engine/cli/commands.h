@@ -17,6 +17,7 @@ CommandBody add_subcommands(CLI::App& parent, std::initializer_list<CommandBody 
 CommandBody add_run_command(CLI::App& app);
 CommandBody add_demo_command(CLI::App& app);
 CommandBody add_eval_command(CLI::App& app);
+CommandBody add_calibrate_command(CLI::App& app);
 CommandBody add_bench_command(CLI::App& app);
 CommandBody add_doctor_command(CLI::App& app);
 
@@ -29,8 +30,8 @@ CommandBody add_eval_perplexity_command(CLI::App& eval);
 CommandBody add_eval_longbench_command(CLI::App& eval);
 
 // Subcommands of `compact bench`.
-CommandBody add_bench_prefill_command(CLI::App& bench);
 CommandBody add_bench_attention_command(CLI::App& bench);
+CommandBody add_bench_prefill_command(CLI::App& bench);
 CommandBody add_bench_step_command(CLI::App& bench);
 CommandBody add_bench_select_command(CLI::App& bench);
 

@@ -114,7 +114,7 @@ Status write_picture(const DemoFlags& flags, const GenerateOptions& options, con
 }
 
 Status demo(const DemoFlags& flags) {
-  CA_ASSIGN_OR_RETURN(GenerateOptions compact_options, flags.generate.resolve());
+  CA_ASSIGN_OR_RETURN(GenerateOptions compact_options, flags.generate.resolve(flags.model_directory));
   for (const std::string& file : {flags.json_file, flags.svg_file}) {
     if (!file.empty()) CA_RETURN_IF_ERROR(check_writable(file));
   }

@@ -57,7 +57,7 @@ Result<Plan> make_plan(const CompareFlags& flags) {
       return invalid_argument(fmt::format("--densities: {}\n  allowed: above 0, below 1", density));
     }
   }
-  CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve());
+  CA_ASSIGN_OR_RETURN(const GenerateOptions shared, flags.generate.resolve(flags.model_directory));
   plan.shared = shared;
   CA_ASSIGN_OR_RETURN(std::vector<std::string> specs, flags.selectors.split());
   // Accuracy is told beside dense's.
@@ -65,10 +65,10 @@ Result<Plan> make_plan(const CompareFlags& flags) {
   for (const std::string& text : specs) {
     CA_ASSIGN_OR_RETURN(SweepSpec spec, SweepSpec::parse(text));
     // A mistake in a spec should not cost the time to load.
-    const std::vector<double> first = spec.first_values(shared.page_tokens, 1);
-    CA_ASSIGN_OR_RETURN(
-        const SelectorRun run,
-        resolve_selector(flags.generate, spec.at(first.front(), shared.page_tokens), flags.final_chunk));
+    const std::vector<double> first = spec.names_target() ? flags.densities : spec.first_values(shared.page_tokens, 1);
+    CA_ASSIGN_OR_RETURN(const SelectorRun run,
+                        resolve_selector(flags.generate, flags.model_directory,
+                                         spec.at(first.front(), shared.page_tokens), flags.final_chunk));
     CA_RETURN_IF_ERROR(check_same_pages(run, shared));
     plan.selectors.push_back(std::move(spec));
   }
@@ -127,8 +127,9 @@ class Comparison {
                          .session = plan_.shared,
                          .targets = flags_.densities,
                          .make = [this](const std::string& spec) -> Result<SparsityOptions> {
-                           CA_ASSIGN_OR_RETURN(const SelectorRun run,
-                                               resolve_selector(flags_.generate, spec, flags_.final_chunk));
+                           CA_ASSIGN_OR_RETURN(
+                               const SelectorRun run,
+                               resolve_selector(flags_.generate, flags_.model_directory, spec, flags_.final_chunk));
                            return run.options.sparsity;
                          },
                          .on_prompt = [&](const RecallPrompt&) { bar.advance(1, fmt::format("{} tokens", length)); }};
@@ -146,7 +147,8 @@ class Comparison {
     std::vector<SelectorRun> selectors;
     for (const CompareSetting& setting : settings_) {
       if (setting.length_tokens != length || !asked(setting) || !specs.insert(setting.spec).second) continue;
-      CA_ASSIGN_OR_RETURN(SelectorRun run, resolve_selector(flags_.generate, setting.spec, flags_.final_chunk));
+      CA_ASSIGN_OR_RETURN(SelectorRun run,
+                          resolve_selector(flags_.generate, flags_.model_directory, setting.spec, flags_.final_chunk));
       selectors.push_back(std::move(run));
     }
     RulerQuestions questions = plan_.questions;

@@ -148,13 +148,13 @@ void add_final_chunk_to(CLI::App& command, std::string& text) {
       ->capture_default_str();
 }
 
-Result<SelectorRun> resolve_selector(const GenerateFlags& base, const std::string& spec,
-                                     const std::string& final_chunk) {
+Result<SelectorRun> resolve_selector(const GenerateFlags& base, const std::string& model_directory,
+                                     const std::string& spec, const std::string& final_chunk) {
   if (final_chunk != "sparse" && final_chunk != "dense") {
     return invalid_argument(fmt::format("--final-chunk is '{}'\n  allowed: sparse, dense", final_chunk));
   }
   CA_ASSIGN_OR_RETURN(const GenerateFlags generate, parse_selector_spec(base, spec));
-  CA_ASSIGN_OR_RETURN(GenerateOptions options, generate.resolve());
+  CA_ASSIGN_OR_RETURN(GenerateOptions options, generate.resolve(model_directory));
   options.final_chunk_dense = final_chunk == "dense";
   return SelectorRun{spec, std::move(options)};
 }
@@ -186,12 +186,12 @@ Result<std::vector<std::string>> SelectorFlags::split() const {
   return all;
 }
 
-Result<std::vector<SelectorRun>> SelectorFlags::resolve(const GenerateFlags& base,
+Result<std::vector<SelectorRun>> SelectorFlags::resolve(const GenerateFlags& base, const std::string& model_directory,
                                                         const std::string& final_chunk) const {
   CA_ASSIGN_OR_RETURN(const std::vector<std::string> all, split());
   std::vector<SelectorRun> selectors;
   for (const std::string& spec : all) {
-    CA_ASSIGN_OR_RETURN(SelectorRun run, resolve_selector(base, spec, final_chunk));
+    CA_ASSIGN_OR_RETURN(SelectorRun run, resolve_selector(base, model_directory, spec, final_chunk));
     selectors.push_back(std::move(run));
   }
   return selectors;

@@ -83,8 +83,8 @@ void add_final_chunk_to(CLI::App& command, std::string& text);
 
 /// What a spec stands for. Errors: those of parse_selector_spec and of GenerateFlags; kInvalidArgument for another
 /// final chunk than "sparse" and "dense".
-[[nodiscard]] Result<SelectorRun> resolve_selector(const GenerateFlags& base, const std::string& spec,
-                                                   const std::string& final_chunk);
+[[nodiscard]] Result<SelectorRun> resolve_selector(const GenerateFlags& base, const std::string& model_directory,
+                                                   const std::string& spec, const std::string& final_chunk);
 
 /// What a selector may not set for itself where all are to see the same pages. Errors: kInvalidArgument.
 [[nodiscard]] Status check_same_pages(const SelectorRun& run, const SessionOptions& shared);
@@ -97,7 +97,7 @@ struct SelectorFlags {
   /// The specs one by one. Errors: kInvalidArgument for none, or one named twice.
   [[nodiscard]] Result<std::vector<std::string>> split() const;
   /// Errors: those of split and of resolve_selector.
-  [[nodiscard]] Result<std::vector<SelectorRun>> resolve(const GenerateFlags& base,
+  [[nodiscard]] Result<std::vector<SelectorRun>> resolve(const GenerateFlags& base, const std::string& model_directory,
                                                          const std::string& final_chunk = "sparse") const;
 };
 

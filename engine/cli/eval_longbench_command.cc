@@ -47,7 +47,7 @@ Result<std::int32_t> most_prompt_tokens(const LongBenchFlags& flags, const Model
 
 Status eval_longbench(const LongBenchFlags& flags) {
   CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors,
-                      flags.selectors.resolve(flags.generate, flags.final_chunk));
+                      flags.selectors.resolve(flags.generate, flags.model_directory, flags.final_chunk));
   CA_ASSIGN_OR_RETURN(const Shard shard, parse_shard(flags.shard));
   CA_RETURN_IF_ERROR(flags.report.check());
   CA_ASSIGN_OR_RETURN(const LongBench bench, LongBench::load(flags.data_file));

@@ -36,7 +36,7 @@ struct PerplexityFlags {
 
 Status eval_perplexity(const PerplexityFlags& flags) {
   CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors,
-                      flags.selectors.resolve(flags.generate, flags.final_chunk));
+                      flags.selectors.resolve(flags.generate, flags.model_directory, flags.final_chunk));
   CA_ASSIGN_OR_RETURN(const Shard shard, parse_shard(flags.shard));
   if (flags.first_bucket_tokens < 1) {
     return invalid_argument(fmt::format("--bucket is {}\n  allowed: 1 token or more", flags.first_bucket_tokens));

@@ -66,7 +66,7 @@ Status eval_ruler(const RulerFlags& flags) {
   RulerQuestions questions = flags.questions.resolve();
   CA_ASSIGN_OR_RETURN(questions.shard, parse_shard(flags.shard));
   CA_ASSIGN_OR_RETURN(const std::vector<SelectorRun> selectors,
-                      flags.selectors.resolve(flags.generate, flags.final_chunk));
+                      flags.selectors.resolve(flags.generate, flags.model_directory, flags.final_chunk));
   CA_RETURN_IF_ERROR(flags.report.check());
   if (!flags.prompts.empty()) CA_RETURN_IF_ERROR(check_writable(flags.prompts));
   CA_ASSIGN_OR_RETURN(const SourceFiles sources, SourceFiles::load(flags.questions));

@@ -3,6 +3,12 @@
 #include <fmt/format.h>
 
 #include <bit>
+#include <nlohmann/json.hpp>
+
+#include "engine/cli/selector_spec.h"
+#include "engine/eval/calibration.h"
+#include "engine/eval/digest.h"
+#include "engine/model/gate_weights.h"
 
 namespace compact::engine {
 namespace {
@@ -59,6 +65,11 @@ void GenerateFlags::add_prefill_to(CLI::App& command) {
           "How many pages a selector keeps: native (its own rule), threshold=X, top=X, mass=X or density=X, then "
           ",min=N and ,max=N pages")
       ->capture_default_str();
+  command.add_option("--gates", gates, "seer: weights of the AttnGates, safetensors");
+  command.add_option("--gate-threshold", gate_threshold, "seer: probability that a page's block must exceed")
+      ->capture_default_str();
+  command.add_option("--calibration", calibration,
+                     "Budgets per layer and head, a file of compact calibrate for this checkpoint and selector");
   command
       .add_option(
           "--mode", mode,
@@ -104,18 +115,64 @@ void GenerateFlags::add_sampling_to(CLI::App& command) {
   command.add_option("--seed", options.sampling.seed, "Seed of sampling")->capture_default_str();
 }
 
-Result<GenerateOptions> GenerateFlags::resolve() const {
-  GenerateOptions resolved = options;
-  CA_ASSIGN_OR_RETURN(resolved.backend, resolve_backend(backend));
+nlohmann::json score_flag_values(const GenerateFlags& flags) {
+  nlohmann::json values = prefill_flag_values(flags);
+  nlohmann::json shaping = nlohmann::json::object();
+  for (const char* name : {"preset", "vote", "score-temperature", "peak-weight", "stride", "picked-queries"}) {
+    shaping[name] = values.at(name);
+  }
+  return shaping;
+}
+
+Status GenerateFlags::apply_calibration(const std::filesystem::path& model_directory, GenerateOptions& resolved) const {
+  if (share >= 0 || alpha >= 0 || lift >= 0 || resolved.sparsity.selector.budget.kind != BudgetKind::kNative) {
+    return invalid_argument(
+        "--calibration brings the budget of every head\n  allowed: without --share, --alpha, --lift and --budget");
+  }
+  CA_ASSIGN_OR_RETURN(const Calibration fitted, load_calibration(calibration));
+  const auto differs = [this](const char* what, const std::string& theirs, const std::string& ours) {
+    return invalid_argument(
+        fmt::format("{}: fitted with {} {}; here it is {}\n  try: compact calibrate with the same flags", calibration,
+                    what, theirs, ours));
+  };
+  CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto known, make_selector({.name = fitted.selector}));
+  if (fitted.selector != selector) return differs("--selector", fitted.selector, selector);
+  if (fitted.page_tokens != resolved.page_tokens) {
+    return differs("--page", fmt::format("{}", fitted.page_tokens), fmt::format("{}", resolved.page_tokens));
+  }
+  const nlohmann::json own = score_flag_values(*this);
+  for (const auto& [name, value] : own.items()) {
+    const nlohmann::json theirs = fitted.flags.value(name, nlohmann::json());
+    if (theirs != value) return differs(("--" + name).c_str(), theirs.dump(), value.dump());
+  }
+  CA_ASSIGN_OR_RETURN(const std::string digest, model_digest(model_directory));
+  CA_ASSIGN_OR_RETURN(const ModelConfig config, load_model_config(model_directory));
+  CA_RETURN_IF_ERROR(check_calibration_model(fitted, digest, config));
+  resolved.sparsity.selector.budget = {.kind = fitted.budget};
+  resolved.sparsity.selector.thresholds = fitted.thresholds();
+  return {};
+}
+
+Result<GenerateFlags::Place> GenerateFlags::resolve_place() const {
+  Place place;
+  CA_ASSIGN_OR_RETURN(place.backend, resolve_backend(backend));
   if (kv_dtype == "auto") {
-    resolved.kv_dtype = resolved.backend == Backend::kCuda ? DType::kBF16 : DType::kF32;
+    place.kv_dtype = place.backend == Backend::kCuda ? DType::kBF16 : DType::kF32;
   } else if (kv_dtype == "f32") {
-    resolved.kv_dtype = DType::kF32;
+    place.kv_dtype = DType::kF32;
   } else if (kv_dtype == "bf16") {
-    resolved.kv_dtype = DType::kBF16;
+    place.kv_dtype = DType::kBF16;
   } else {
     return invalid_argument(fmt::format("--kv-dtype is '{}'\n  allowed: f32, bf16, auto", kv_dtype));
   }
+  return place;
+}
+
+Result<GenerateOptions> GenerateFlags::resolve(const std::filesystem::path& model_directory) const {
+  GenerateOptions resolved = options;
+  CA_ASSIGN_OR_RETURN(const Place place, resolve_place());
+  resolved.backend = place.backend;
+  resolved.kv_dtype = place.kv_dtype;
   if (threads < 0) return invalid_argument(fmt::format("--threads is {}\n  allowed: 1 or more, or 0 for all", threads));
   const auto page = options.page_tokens;
   if (page < 16 || page > 256 || !std::has_single_bit(static_cast<std::uint32_t>(page))) {
@@ -158,7 +215,19 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
     chosen.mean_key.lift = lift;
     chosen.sub_mean.lift = lift;
   }
+  chosen.seer.threshold = gate_threshold;
+  if (selector == "seer") {
+    if (gates.empty()) {
+      return invalid_argument(
+          "--selector is seer without gates\n  try: --gates FILE.safetensors (tools/convert_gates.py)");
+    }
+    CA_ASSIGN_OR_RETURN(const ModelConfig config, load_model_config(model_directory));
+    CA_ASSIGN_OR_RETURN(chosen.seer.gates, load_gates(gates, config));
+  } else if (!gates.empty()) {
+    return invalid_argument(fmt::format("--gates is for the selector seer; --selector is {}", selector));
+  }
   CA_ASSIGN_OR_RETURN(chosen.budget, parse_budget(budget));
+  if (!calibration.empty()) CA_RETURN_IF_ERROR(apply_calibration(model_directory, resolved));
   // An unknown selector should fail before a model is loaded.
   CA_ASSIGN_OR_RETURN([[maybe_unused]] const auto selector_check, make_selector(resolved.sparsity.selector));
   CA_RETURN_IF_ERROR(check_backend_options(resolved.backend, resolved.kv_dtype));
@@ -171,8 +240,8 @@ Result<GenerateOptions> GenerateFlags::resolve() const {
 }
 
 Result<LoadedModel> GenerateFlags::load(const std::filesystem::path& directory) const {
-  CA_ASSIGN_OR_RETURN(const Backend where, resolve_backend(backend));
-  return load_model(directory, chat, where);
+  CA_ASSIGN_OR_RETURN(const Place place, resolve_place());
+  return load_model(directory, chat, place.backend);
 }
 
 }  // namespace compact::engine

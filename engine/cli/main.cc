@@ -27,9 +27,9 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", CA_VERSION_STRING);
   app.require_subcommand(1);
   std::vector<std::pair<CLI::App*, compact::engine::CommandBody>> commands;
-  for (const auto add :
-       {compact::engine::add_run_command, compact::engine::add_demo_command, compact::engine::add_eval_command,
-        compact::engine::add_bench_command, compact::engine::add_doctor_command}) {
+  for (const auto add : {compact::engine::add_run_command, compact::engine::add_demo_command,
+                         compact::engine::add_eval_command, compact::engine::add_calibrate_command,
+                         compact::engine::add_bench_command, compact::engine::add_doctor_command}) {
     auto body = add(app);
     commands.emplace_back(app.get_subcommands({}).back(), std::move(body));
   }

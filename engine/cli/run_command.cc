@@ -31,7 +31,7 @@ Status write_picture(const RunFlags& flags, const GenerateOptions& options, cons
 }
 
 Status run(const RunFlags& flags) {
-  CA_ASSIGN_OR_RETURN(GenerateOptions options, flags.generate.resolve());
+  CA_ASSIGN_OR_RETURN(GenerateOptions options, flags.generate.resolve(flags.model_directory));
   options.sparsity.trace_pages = !flags.svg_file.empty();
   for (const std::string& file : {flags.json_file, flags.svg_file}) {
     if (!file.empty()) CA_RETURN_IF_ERROR(check_writable(file));

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "engine/cli/files.h"
+#include "engine/eval/digest.h"
+
 namespace compact::engine {
 
 std::vector<std::string> split_list(std::string_view text, char separator) {
@@ -60,9 +63,9 @@ Result<GenerateFlags> parse_selector_spec(const GenerateFlags& base, std::string
 
 nlohmann::json prefill_flag_values(GenerateFlags flags) {
   // Figures belong to what was computed and where, not to the "auto" that chose it.
-  if (const Result<GenerateOptions> options = flags.resolve(); options.ok()) {
-    flags.backend = backend_name(options->backend);
-    flags.kv_dtype = dtype_name(options->kv_dtype);
+  if (const Result<GenerateFlags::Place> place = flags.resolve_place(); place.ok()) {
+    flags.backend = backend_name(place->backend);
+    flags.kv_dtype = dtype_name(place->kv_dtype);
   }
   CLI::App app;
   flags.add_prefill_to(app);
@@ -72,6 +75,11 @@ nlohmann::json prefill_flag_values(GenerateFlags flags) {
     if (name == "help" || name == "threads") continue;
     option->capture_default_str();  // the variable's value now
     values[name] = option->get_default_str();
+  }
+  // A file counts by what is in it, not by its name; one that cannot be read is refused elsewhere.
+  if (!flags.calibration.empty()) {
+    const auto text = read_text_file(flags.calibration);
+    values["calibration"] = text.ok() ? hex_digest(fnv1a64(*text)) : flags.calibration;
   }
   return values;
 }

@@ -20,6 +20,11 @@ void widen_row(const Bf16Bits* row, std::int64_t count, float* out) {
 }  // namespace
 
 Result<HostMirror> HostMirror::create(const ModelConfig& config, const SequenceOptions& options, SummaryFields needs) {
+  if (needs.gate_pool) {
+    return unsupported(
+        "the CUDA backend does not keep queries and keys from before RoPE, which selector 'seer' reads\n"
+        "  try: --backend cpu");
+  }
   HostMirror mirror;
   mirror.num_q_heads_ = config.num_attention_heads;
   mirror.num_kv_heads_ = config.num_key_value_heads;

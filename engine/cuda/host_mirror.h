@@ -16,7 +16,7 @@ namespace compact::engine {
 class HostMirror {
  public:
   HostMirror() = default;
-  /// Errors: those of PagedKvCache.
+  /// Errors: kUnsupported (records of keys before RoPE); those of PagedKvCache.
   [[nodiscard]] static Result<HostMirror> create(const ModelConfig& config, const SequenceOptions& options,
                                                  SummaryFields needs);
 

@@ -22,10 +22,28 @@ using Curves = std::vector<std::vector<KeptShare>>;  // [layers x mask heads][st
 
 constexpr const char* kFormat = "compact calibration 1";
 
-// All pages, then 1e-4 to 0.9 in steps of 1.46.
-constexpr std::array<float, 26> kLadder = {
+// Steps of 1.46 between scores, which are shares of a row.
+constexpr std::array<float, 26> kThresholds = {
     0,       1e-4F,   1.5e-4F, 2.1e-4F, 3.1e-4F, 4.5e-4F, 6.6e-4F, 9.7e-4F, 1.4e-3F, 2.1e-3F, 3e-3F, 4.4e-3F, 6.4e-3F,
     9.4e-3F, 0.0137F, 0.02F,   0.029F,  0.043F,  0.062F,  0.091F,  0.13F,   0.19F,   0.28F,   0.42F, 0.61F,   0.9F};
+constexpr std::array<float, 25> kTops = {1,     0.85F, 0.72F, 0.62F,  0.53F,  0.45F,  0.38F, 0.33F,  0.28F,
+                                         0.24F, 0.2F,  0.17F, 0.145F, 0.12F,  0.105F, 0.09F, 0.075F, 0.063F,
+                                         0.05F, 0.04F, 0.03F, 0.02F,  0.014F, 0.007F, 0};
+constexpr std::array<float, 25> kMasses = {1,     0.9995F, 0.999F, 0.998F, 0.997F, 0.995F, 0.993F, 0.99F, 0.985F,
+                                           0.98F, 0.97F,   0.96F,  0.94F,  0.92F,  0.89F,  0.85F,  0.8F,  0.73F,
+                                           0.65F, 0.55F,   0.45F,  0.35F,  0.25F,  0.12F,  0};
+struct Ladder {
+  std::string_view name;
+  BudgetKind budget;
+  std::span<const float> values;
+};
+constexpr std::array<Ladder, 3> kLadders = {{{"threshold", BudgetKind::kThreshold, kThresholds},
+                                             {"top", BudgetKind::kTopN, kTops},
+                                             {"mass", BudgetKind::kMass, kMasses}}};
+
+const Ladder& ladder_of(BudgetKind budget) {
+  return *std::find_if(kLadders.begin(), kLadders.end(), [budget](const Ladder& l) { return l.budget == budget; });
+}
 
 KeptShare mean_of(const Curves& curves, const std::vector<std::size_t>& steps) {
   KeptShare mean;
@@ -44,9 +62,9 @@ class LadderMeter {
     LadderMeter meter;
     meter.forced_ = input.session.sparsity.forced;
     meter.num_layers_ = input.model.config().num_hidden_layers;
-    for (const float threshold : kLadder) {
+    for (const float value : budget_ladder(input.budget)) {
       SelectorOptions options = input.session.sparsity.selector;
-      options.budget = {.kind = BudgetKind::kThreshold, .value = threshold};
+      options.budget = {.kind = input.budget, .value = value};
       options.thresholds = {};
       CA_ASSIGN_OR_RETURN(auto selector, make_selector(options));
       meter.selectors_.push_back(std::move(selector));
@@ -63,9 +81,7 @@ class LadderMeter {
     if (past_pages == 0) return {};
     const std::span<const ChunkView> chunks(&step.chunk, 1);
     for (std::size_t i = 0; i < selectors_.size(); ++i) {
-      CA_RETURN_IF_ERROR(selectors_[i]->select({chunks, step.q, step.cache.summaries(step.layer), kv.page_tokens,
-                                                step.softmax_scale, kv, step.layer, forced_},
-                                               mask_, step.pool));
+      CA_RETURN_IF_ERROR(selectors_[i]->select(select_input(step, kv, chunks, forced_), mask_, step.pool));
       if (i == 0) CA_RETURN_IF_ERROR(begin_step(step, kv, chunks));
       add_mask(step, kv.page_tokens, past_pages, i);
     }
@@ -162,9 +178,10 @@ Status prefill_with_meter(const CalibrationInput& input, LadderMeter& meter, Thr
 SparsityOptions with_steps(const CalibrationInput& input, const std::vector<std::size_t>& steps,
                            std::int32_t num_heads) {
   SparsityOptions sparsity = input.session.sparsity;
-  sparsity.selector.budget = {.kind = BudgetKind::kThreshold};
+  const std::span<const float> ladder = budget_ladder(input.budget);
+  sparsity.selector.budget = {.kind = input.budget};
   sparsity.selector.thresholds = {input.model.config().num_hidden_layers, num_heads, {}};
-  for (const std::size_t step : steps) sparsity.selector.thresholds.values.push_back(kLadder[step]);
+  for (const std::size_t step : steps) sparsity.selector.thresholds.values.push_back(ladder[step]);
   return sparsity;
 }
 
@@ -192,7 +209,14 @@ Result<std::vector<std::size_t>> steps_for_lists(const CalibrationInput& input, 
 
 }  // namespace
 
-std::span<const float> threshold_ladder() noexcept { return kLadder; }
+Result<BudgetKind> parse_calibration_budget(std::string_view name) {
+  for (const Ladder& ladder : kLadders) {
+    if (ladder.name == name) return ladder.budget;
+  }
+  return invalid_argument(fmt::format("budget is '{}'\n  allowed: threshold, top, mass", name));
+}
+
+std::span<const float> budget_ladder(BudgetKind budget) noexcept { return ladder_of(budget).values; }
 
 std::vector<std::size_t> steps_at_price(const Curves& curves, double price) {
   std::vector<std::size_t> steps;
@@ -248,7 +272,7 @@ Result<CalibrationTarget> parse_calibration_target(std::string_view text) {
 
 HeadThresholds Calibration::thresholds() const {
   HeadThresholds table{num_layers, num_heads, {}};
-  for (const HeadCalibration& head : heads) table.values.push_back(head.threshold);
+  for (const HeadCalibration& head : heads) table.values.push_back(head.value);
   return table;
 }
 
@@ -257,6 +281,7 @@ Json to_json(const Calibration& calibration) {
                {"model", calibration.model},
                {"selector", calibration.selector},
                {"flags", calibration.flags},
+               {"budget", ladder_of(calibration.budget).name},
                {"page_tokens", calibration.page_tokens},
                {"fitted", calibration.fitted},
                {"layers", Json::array()}};
@@ -267,7 +292,7 @@ Json to_json(const Calibration& calibration) {
       const HeadCalibration& of_head =
           calibration.heads[static_cast<std::size_t>(layer * calibration.num_heads + head)];
       // As short as it can be written and still be this float.
-      heads.push_back({{"threshold", std::stod(fmt::format("{}", of_head.threshold))},
+      heads.push_back({{"value", std::stod(fmt::format("{}", of_head.value))},
                        {"density", rounded(of_head.kept.density)},
                        {"mass", rounded(of_head.kept.mass)}});
     }
@@ -286,6 +311,7 @@ Result<Calibration> parse_calibration(std::string_view text, std::string_view fi
     json.at("model").get_to(calibration.model);
     json.at("selector").get_to(calibration.selector);
     calibration.flags = json.at("flags").get<Json::object_t>();
+    CA_ASSIGN_OR_RETURN(calibration.budget, parse_calibration_budget(json.at("budget").get_ref<const std::string&>()));
     json.at("page_tokens").get_to(calibration.page_tokens);
     calibration.fitted = json.at("fitted");
     const Json::array_t& layers = json.at("layers").get_ref<const Json::array_t&>();
@@ -300,11 +326,10 @@ Result<Calibration> parse_calibration(std::string_view text, std::string_view fi
       }
       calibration.num_heads = count;
       for (const Json& head : heads) {
-        const HeadCalibration of_head{head.at("threshold").get<float>(),
+        const HeadCalibration of_head{head.at("value").get<float>(),
                                       {head.at("density").get<double>(), head.at("mass").get<double>()}};
-        if (!(of_head.threshold >= 0) || std::isinf(of_head.threshold)) {
-          return io_error(fmt::format("{}: a threshold is {}\n  allowed: 0 (every page) or more", file_name,
-                                      shown(head["threshold"])));
+        if (!(of_head.value >= 0) || of_head.value > 1) {
+          return io_error(fmt::format("{}: a value is {}\n  allowed: 0 to 1", file_name, shown(head["value"])));
         }
         calibration.heads.push_back(of_head);
       }
@@ -351,13 +376,14 @@ Result<CalibrationFit> fit_calibration(const CalibrationInput& input, ThreadPool
   CalibrationFit fit;
   fit.num_layers = input.model.config().num_hidden_layers;
   fit.num_heads = meter.num_heads();
-  for (std::size_t i = 0; i < steps.size(); ++i) fit.heads.push_back({kLadder[steps[i]], curves[i][steps[i]]});
+  for (std::size_t i = 0; i < steps.size(); ++i)
+    fit.heads.push_back({budget_ladder(input.budget)[steps[i]], curves[i][steps[i]]});
   fit.mean = mean_of(curves, steps);
-  // The lowest single threshold that keeps no more pages: the ladder is fine enough to be a fair opponent.
-  for (std::size_t step = kLadder.size(); step-- > 0;) {
+  const std::span<const float> ladder = budget_ladder(input.budget);
+  for (std::size_t step = ladder.size(); step-- > 0;) {
     const KeptShare all = mean_of(curves, std::vector<std::size_t>(curves.size(), step));
-    if (step + 1 < kLadder.size() && all.density > fit.mean.density) break;
-    fit.single_threshold = kLadder[step];
+    if (step + 1 < ladder.size() && all.density > fit.mean.density) break;
+    fit.single_value = ladder[step];
     fit.single = all;
   }
 

@@ -94,28 +94,30 @@ Result<SweepSpec> SweepSpec::parse(std::string_view text) {
   spec.place_ = text.find(kPlace);
   if (!spec.swept()) return spec;
   const std::size_t flag = text.rfind(':', spec.place_);
-  if (flag == std::string_view::npos || text[spec.place_ - 1] != '=' ||
-      text.find(kPlace, spec.place_ + 1) != std::string_view::npos) {
+  const std::string_view name =
+      flag == std::string_view::npos ? "" : text.substr(flag + 1, text.find('=', flag) - flag - 1);
+  const bool is_value = !name.empty() && (text[spec.place_ - 1] == '=' || name == "calibration");
+  if (!is_value || text.find(kPlace, spec.place_ + 1) != std::string_view::npos) {
     return invalid_argument(
         fmt::format("selector '{}': {{}} stands for the one number that is fitted\n"
                     "  allowed: name:flag={{}} or name:budget=kind={{}}, e.g. mean-key:budget=density={{}}",
                     text));
   }
-  const std::string_view name = text.substr(flag + 1, text.find('=', flag) - flag - 1);
-  spec.counts_tokens_ = std::find(kTokenFlags.begin(), kTokenFlags.end(), name) != kTokenFlags.end();
+  if (name == "calibration") spec.kind_ = Kind::kTarget;
+  if (std::find(kTokenFlags.begin(), kTokenFlags.end(), name) != kTokenFlags.end()) spec.kind_ = Kind::kTokens;
   return spec;
 }
 
 std::string SweepSpec::at(double value, std::int32_t page_tokens) const {
   if (!swept()) return text_;
-  const std::string number = counts_tokens_
+  const std::string number = counts_tokens()
                                  ? fmt::format("{}", std::max(1LL, std::llround(value / page_tokens)) * page_tokens)
                                  : fmt::format("{:.4g}", value);
   return text_.substr(0, place_) + number + text_.substr(place_ + kPlace.size());
 }
 
 std::vector<double> SweepSpec::first_values(std::int32_t page_tokens, std::int32_t length_tokens) const {
-  if (!counts_tokens_) return {kFractions.begin(), kFractions.end()};
+  if (!counts_tokens()) return {kFractions.begin(), kFractions.end()};
   std::vector<double> values;
   for (double tokens = page_tokens; tokens < length_tokens; tokens *= 2) values.push_back(tokens);
   values.push_back(length_tokens);
@@ -197,11 +199,14 @@ Result<std::vector<CompareSetting>> fit_settings(const FitInput& input, const st
   const std::int32_t page_tokens = input.session.page_tokens;
   std::vector<Search> searches;
   for (const SweepSpec& selector : selectors) {
-    if (selector.swept()) searches.push_back({&selector, {}, std::vector<double>(input.targets.size())});
+    if (!selector.swept()) continue;
+    searches.push_back({&selector, {}, std::vector<double>(input.targets.size())});
+    if (selector.names_target()) searches.back().found = input.targets;
   }
   for (std::int32_t round = 0; round <= kRefinements; ++round) {
     SpecMeter meter(input, RecallMeasure::kDensity);
-    const auto values_of = [&](const Search& search) {
+    const auto values_of = [&](const Search& search) -> std::vector<double> {
+      if (search.spec->names_target()) return {};
       return round == 0 ? search.spec->first_values(page_tokens, input.length_tokens) : search.found;
     };
     for (const Search& search : searches) {
@@ -211,6 +216,7 @@ Result<std::vector<CompareSetting>> fit_settings(const FitInput& input, const st
     }
     CA_RETURN_IF_ERROR(meter.run(pool));
     for (Search& search : searches) {
+      if (search.spec->names_target()) continue;
       for (const double value : values_of(search)) {
         search.points.emplace_back(value, meter.of(search.spec->at(value, page_tokens)).stats().density());
       }

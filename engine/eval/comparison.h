@@ -21,7 +21,8 @@
 namespace compact::engine {
 
 /// A selector's spec; `{}` in it stands for the number that decides how many pages are read, e.g.
-/// "mean-key:budget=density={}" or "static:window={}". Without `{}` the selector is taken as it is.
+/// "mean-key:budget=density={}" or "static:window={}". In the name of a calibration it stands for the wanted density
+/// itself, and nothing is fitted: "mean-key:calibration=fit_{}.json". Without `{}` the selector is taken as it is.
 class SweepSpec {
  public:
   /// Errors: kInvalidArgument for more than one `{}`, or one that is no flag's value.
@@ -29,17 +30,20 @@ class SweepSpec {
 
   [[nodiscard]] const std::string& text() const noexcept { return text_; }
   [[nodiscard]] bool swept() const noexcept { return place_ != std::string::npos; }
+  /// Whether the number is the wanted density itself.
+  [[nodiscard]] bool names_target() const noexcept { return kind_ == Kind::kTarget; }
   /// The spec with a number in its place: tokens in whole pages, everything else with four digits.
   [[nodiscard]] std::string at(double value, std::int32_t page_tokens) const;
   /// Where a search begins: from few pages to nearly all (or the other way round, as the number means).
   [[nodiscard]] std::vector<double> first_values(std::int32_t page_tokens, std::int32_t length_tokens) const;
   /// Whether the number counts tokens; else it lies between 0 and 1.
-  [[nodiscard]] bool counts_tokens() const noexcept { return counts_tokens_; }
+  [[nodiscard]] bool counts_tokens() const noexcept { return kind_ == Kind::kTokens; }
 
  private:
+  enum class Kind { kFraction, kTokens, kTarget };
   std::string text_;
   std::size_t place_ = std::string::npos;  // of the `{}`
-  bool counts_tokens_ = false;
+  Kind kind_ = Kind::kFraction;
 };
 
 /// A number that was tried, and the density that came out.

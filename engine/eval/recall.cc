@@ -212,9 +212,7 @@ class RecallMeter {
     const SparsityOptions& options = entry.given->options;
     SelectorRecall& sums = *entry.sums;
     const Stopwatch select_stopwatch;
-    CA_RETURN_IF_ERROR(entry.selector->select({chunks, step.q, step.cache.summaries(step.layer), kv.page_tokens,
-                                               step.softmax_scale, kv, step.layer, options.forced},
-                                              mask_, step.pool));
+    CA_RETURN_IF_ERROR(entry.selector->select(select_input(step, kv, chunks, options.forced), mask_, step.pool));
     sums.select_seconds += select_stopwatch.seconds();
     const Stopwatch unite_stopwatch;
     CA_RETURN_IF_ERROR(build_page_lists(
@@ -248,6 +246,19 @@ class RecallMeter {
 };
 
 }  // namespace
+
+SelectInput select_input(const AttentionStep& step, const PagedKvView& kv, std::span<const ChunkView> chunks,
+                         const ForcedPages& forced) {
+  return {.chunks = chunks,
+          .q = step.q,
+          .summaries = step.cache.summaries(step.layer),
+          .page_tokens = kv.page_tokens,
+          .softmax_scale = step.softmax_scale,
+          .kv = kv,
+          .layer = step.layer,
+          .forced = forced,
+          .q_pre = step.q_pre};
+}
 
 std::vector<RecallRow> recall_rows(const RecallInput& input, ThreadPool& pool) {
   std::vector<RecallRow> rows(static_cast<std::size_t>(input.mass.num_heads) * input.mass.blocks.size());

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -120,6 +121,10 @@ struct GroupRecall {
 };
 
 using OnRecallPrompt = std::function<void(const RecallPrompt& prompt)>;
+
+/// What a selector gets to see at a step.
+[[nodiscard]] SelectInput select_input(const AttentionStep& step, const PagedKvView& kv,
+                                       std::span<const ChunkView> chunks, const ForcedPages& forced);
 
 /// kDensity: lists only. Costs a dense prefill and the selections; the sums of heads and the spreads stay empty.
 enum class RecallMeasure : std::int32_t { kMass = 0, kDensity = 1 };

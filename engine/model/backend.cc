@@ -13,7 +13,8 @@ Result<Backend> resolve_backend(std::string_view name) {
   if (name != "auto" && name != "cuda") {
     return invalid_argument(fmt::format("--backend is '{}'\n  allowed: cpu, cuda, auto", name));
   }
-  const Result<CudaDeviceInfo> device = cuda_device_info();
+  // Looking starts cuBLASLt, and every set of flags is resolved anew: once is enough.
+  static const Result<CudaDeviceInfo> device = cuda_device_info();
   if (device.ok() && device->usable) return Backend::kCuda;
   if (name == "auto") return Backend::kCpu;
   return unsupported(fmt::format("--backend is cuda: {}\n  allowed here: cpu",

@@ -46,14 +46,15 @@ Result<ChunkAttention> ChunkAttention::create(const SparsityOptions& options, st
 }
 
 Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
-                           ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool) {
+                           ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool,
+                           const PreRope& pre) {
   LayerReport& report = reports_[static_cast<std::size_t>(layer)];
   const PagedKvView kv = cache.layer(layer);
   {
     const StageTimer timer(report.append_seconds);
-    CA_RETURN_IF_ERROR(cache.write(request, layer, chunk.chunk_start, k, v, pool));
+    CA_RETURN_IF_ERROR(cache.write(request, layer, chunk.chunk_start, k, v, pool, pre.k));
   }
-  if (observer_) CA_RETURN_IF_ERROR(observer_({layer, chunk, q, cache, softmax_scale_, pool}));
+  if (observer_) CA_RETURN_IF_ERROR(observer_({layer, chunk, q, cache, softmax_scale_, pool, pre.q}));
 
   const std::span<const ChunkView> chunks(&chunk, 1);
   options_.unite.cost = cpu_cost_model(best_cpu_kernel(kv.dtype));
@@ -65,8 +66,15 @@ Status ChunkAttention::run(std::int32_t layer, RequestId request, const ChunkVie
   if (reason == DenseReason::kNone) {
     {
       const StageTimer timer(report.select_seconds);
-      const SelectInput select_input{chunks, q,     cache.summaries(layer), kv.page_tokens, softmax_scale_,
-                                     kv,     layer, options_.forced};
+      const SelectInput select_input{.chunks = chunks,
+                                     .q = q,
+                                     .summaries = cache.summaries(layer),
+                                     .page_tokens = kv.page_tokens,
+                                     .softmax_scale = softmax_scale_,
+                                     .kv = kv,
+                                     .layer = layer,
+                                     .forced = options_.forced,
+                                     .q_pre = pre.q};
       CA_RETURN_IF_ERROR(selector_->select(select_input, mask_, pool));
     }
     const StageTimer timer(report.unite_seconds);

@@ -43,6 +43,12 @@ struct LayerReport {
   [[nodiscard]] double attention_seconds() const noexcept { return select_seconds + unite_seconds + attend_seconds; }
 };
 
+/// Queries and keys of a chunk before RoPE; empty unless the cache keeps gate pools.
+struct PreRope {
+  ConstRows q{};  // [C, Hq, D]
+  ConstRows k{};  // [C, Hkv, D]
+};
+
 /// What a layer's attention is about to work on: its keys are appended, nothing is selected yet.
 struct AttentionStep {
   std::int32_t layer = 0;
@@ -51,6 +57,7 @@ struct AttentionStep {
   const PagedKvCache& cache;
   float softmax_scale = 0;
   ThreadPool& pool;
+  ConstRows q_pre{};  // [C, Hq, D]  before RoPE; empty unless the cache keeps gate pools
 };
 using AttentionObserver = std::function<Status(const AttentionStep& step)>;
 
@@ -66,9 +73,10 @@ class ChunkAttention {
 
   /// q: [C, Hq, D] and k, v: [C, Hkv, D], rotated. Appends k and v at `chunk.chunk_start` and writes o: [C, Hq, D].
   /// The chunk's page table comes from the cache. `dense` reads every page without a selection (decode steps, a dense
-  /// final chunk) and is counted as kRequested.
+  /// final chunk) and is counted as kRequested. `pre` must be given if the cache keeps gate pools.
   [[nodiscard]] Status run(std::int32_t layer, RequestId request, const ChunkView& chunk, ConstRows q, ConstRows k,
-                           ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool);
+                           ConstRows v, bool dense, PagedKvCache& cache, MutableRows o, ThreadPool& pool,
+                           const PreRope& pre = {});
 
   /// Called by every run from now on, for measurements. Its errors end the run.
   void observe(AttentionObserver observer) { observer_ = std::move(observer); }

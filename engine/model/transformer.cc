@@ -110,6 +110,11 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
   std::vector<float> k = buffer(kv_heads * dim);        // [C, Hkv, D]
   std::vector<float> v = buffer(kv_heads * dim);        // [C, Hkv, D]
   std::vector<float> attended = buffer(q_heads * dim);  // [C, Hq, D]
+  // Before RoPE, for gates; copied only if the cache pools them.
+  const bool keep_pre = cache.options().summaries.gate_pool;
+  std::vector<float> q_pre;  // [C, Hq, D]
+  std::vector<float> k_pre;  // [C, Hkv, D]
+  PreRope pre;
   std::vector<float> gate = buffer(config_.intermediate_size);
   std::vector<float> up = buffer(config_.intermediate_size);
   const RopeTable rope = make_rope_table(inverse_frequencies_, start, rows);
@@ -128,12 +133,18 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
       rms_norm(q.data(), block.q_norm.data(), eps, rows * q_heads, dim, q.data(), pool);
       rms_norm(k.data(), block.k_norm.data(), eps, rows * kv_heads, dim, k.data(), pool);
     }
+    if (keep_pre) {
+      q_pre = q;
+      k_pre = k;
+      pre = {contiguous_rows<const float>(q_pre.data(), rows, q_heads, dim),
+             contiguous_rows<const float>(k_pre.data(), rows, kv_heads, dim)};
+    }
     apply_rope(rope, contiguous_rows(q.data(), rows, q_heads, dim), pool);
     apply_rope(rope, contiguous_rows(k.data(), rows, kv_heads, dim), pool);
     CA_RETURN_IF_ERROR(attention.run(layer, request, chunk, contiguous_rows<const float>(q.data(), rows, q_heads, dim),
                                      contiguous_rows<const float>(k.data(), rows, kv_heads, dim),
                                      contiguous_rows<const float>(v.data(), rows, kv_heads, dim), dense, cache,
-                                     contiguous_rows(attended.data(), rows, q_heads, dim), pool));
+                                     contiguous_rows(attended.data(), rows, q_heads, dim), pool, pre));
     block.o_proj.apply(attended.data(), rows, residual.data(), true, pool);
 
     rms_norm(residual.data(), block.mlp_norm.data(), eps, rows, hidden, normed.data(), pool);

@@ -115,6 +115,7 @@ struct ExternalMask;
 struct SelectorNeeds {
   SummaryFields summaries{};
   bool k_cache = false;  ///< SelectInput::kv
+  bool q_pre = false;    ///< SelectInput::q_pre
 };
 
 struct SelectInput {
@@ -127,6 +128,7 @@ struct SelectInput {
   std::int32_t layer = 0;  // whose thresholds apply
   ForcedPages forced{};    // OR-ed into the lists later; budgets count them first
   const ExternalMask* external = nullptr;  // for the selector `external`
+  ConstRows q_pre{};                       // [T, Hq, D]  before RoPE; for selectors that need q_pre
 };
 
 class Selector {
@@ -199,6 +201,28 @@ struct QuokaOptions {
   std::int32_t kept_tokens = 1024;   // each row keeps ceil(kept_tokens / P) pages
 };
 
+/// The gates of one model (SeerAttention's AttnGate, arXiv 2410.13276): linear maps of pooled queries and keys before
+/// RoPE, whose products tell which blocks of kGateBlockTokens tokens attend to which.
+struct GateWeights {
+  std::int32_t num_layers = 0;
+  std::int32_t num_q_heads = 0;   // Hq
+  std::int32_t num_kv_heads = 0;  // Hkv
+  std::int32_t head_dim = 0;      // D, of the gate as well
+  std::int32_t mask_heads = 0;    // Hq, or Hkv if the query heads of a KV head are pooled together
+  std::int32_t key_heads = 0;     // Hq: a key map for every query head; or Hkv
+  std::vector<float> key;         // [layers, key_heads, 3 D, D]  rows in order maximum, minimum, mean
+  /// [layers, mask_heads, D or G D, D], G D where mask_heads is Hkv; empty: the pooled query itself.
+  std::vector<float> query;
+  std::vector<float> inverse_frequencies;  // [D/2]  of the model's RoPE, radians per token
+};
+
+/// SeerAttention's gate (docs/design/method.md 3.6).
+struct SeerOptions {
+  /// keep a page if the gate's probability of one of its blocks is above this; 0 or less: every page.
+  float threshold = 5e-4F;
+  std::shared_ptr<const GateWeights> gates;
+};
+
 /// Pages drawn by a seeded hash: the control that a selector has to beat. One draw for each (layer, KV head), so that
 /// the union does not inflate it.
 struct RandomOptions {
@@ -236,6 +260,7 @@ struct SelectorOptions {
   XAttentionOptions xattention{};
   QuokaOptions quoka{};
   RandomOptions random{};
+  SeerOptions seer{};
   Budget budget{};              // in place of the selector's own rule; not for dense, static, external
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
 };

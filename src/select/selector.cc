@@ -23,6 +23,7 @@ constexpr Entry kSelectors[] = {
     {"sub-mean", make_sub_mean_selector},
     {"xattention", make_xattention_selector},
     {"quoka", make_quoka_selector},
+    {"seer", make_seer_selector},
     {"random", make_random_selector},
     {"external", make_external_selector},
 };

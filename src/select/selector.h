@@ -30,6 +30,7 @@ inline constexpr std::int32_t kTileRows = 128;
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_xattention_selector(const SelectorOptions& options);
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_quoka_selector(const SelectorOptions& options);
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_random_selector(const SelectorOptions& options);
+[[nodiscard]] Result<std::unique_ptr<Selector>> make_seer_selector(const SelectorOptions& options);
 [[nodiscard]] Result<std::unique_ptr<Selector>> make_external_selector(const SelectorOptions& options);
 
 }  // namespace compact

@@ -31,6 +31,8 @@ TEST(SweepSpec, PutsTheNumberInItsPlace) {
             "mean-key:budget=density=0.1235,min=2:mode=tile");
   EXPECT_EQ(sweep("static:window={}").at(700, 128), "static:window=640") << "whole pages";
   EXPECT_EQ(sweep("static:window={}").at(3, 128), "static:window=128") << "at least one";
+  EXPECT_EQ(sweep("mean-key:calibration=dir/fit_{}.json").at(0.1, 128), "mean-key:calibration=dir/fit_0.1.json");
+  EXPECT_TRUE(sweep("mean-key:calibration=dir/fit_{}.json").names_target());
   EXPECT_FALSE(sweep("mean-key:share=0.1").swept());
   EXPECT_EQ(sweep("mean-key:share=0.1").at(0.5, 128), "mean-key:share=0.1");
 }

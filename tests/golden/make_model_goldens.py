@@ -1,6 +1,7 @@
-"""Golden logits from transformers, in fp32, for model_golden_test.cc.
+"""Golden logits from transformers, in fp32, for model_golden_test.cc and engine_gpu_test.cc.
 
     python tests/golden/make_model_goldens.py [--only fp32|gpu|demo]
+    python tests/golden/make_model_goldens.py --shape CONFIG_JSON --layers 4 --out DIR     (on a GPU machine)
 
 Needs torch, transformers and safetensors. Writes two tiny random checkpoints with their logits, and logits of the
 shipped checkpoint at a few positions of a long prompt:
@@ -13,9 +14,13 @@ shipped checkpoint at a few positions of a long prompt:
 
 Each holds `tokens` [n] i32, `positions` [k] i32 and `logits` [k, vocab] f32: the logits after each of those positions;
 and `bf16_error` [1] f32: the largest error of transformers' own bf16 at these positions, for tests of bf16 backends.
+
+--shape writes a checkpoint of that shape with fewer layers, and its logits, to DIR: too large to keep, made where
+`COMPACT_GOLDEN_DIR=DIR engine_gpu_test` runs.
 """
 
 import argparse
+import json
 import pathlib
 
 import torch
@@ -29,41 +34,67 @@ SEED = 20260516
 
 def widen_random_weights(model: torch.nn.Module) -> None:
     """The default initialisation leaves logits nearly flat and norms at one: a wrong norm or rotation would not show."""
-    generator = torch.Generator().manual_seed(SEED)
+    device = model.device
+    generator = torch.Generator(device).manual_seed(SEED)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator, device=device)
         else:
             scale = 1.0 if "embed" in name else 2.0 / parameter.shape[1] ** 0.5
-            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator, device=device)
+
+
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Weights alone: rotation frequencies are fp32 in every loaded model, and would not survive bf16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def save_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: list[int], path: pathlib.Path) -> None:
+    keep = torch.tensor(positions, device=model.device)
     with torch.no_grad():
-        logits = model.float()(tokens[None], logits_to_keep=torch.tensor(positions)).logits[0]
-        in_bf16 = model.bfloat16()(tokens[None], logits_to_keep=torch.tensor(positions)).logits[0].float()
+        logits = cast_weights(model, torch.float32)(tokens[None].to(model.device), logits_to_keep=keep).logits[0]
+        in_bf16 = cast_weights(model, torch.bfloat16)(tokens[None].to(model.device), logits_to_keep=keep).logits[0].float()
     error = (in_bf16 - logits).abs().max()
     save_file({"tokens": tokens.to(torch.int32), "positions": torch.tensor(positions, dtype=torch.int32),
-               "logits": logits.float().contiguous(), "bf16_error": error.reshape(1)}, path)
-    print(f"{path.relative_to(HERE.parents[1])}: {len(tokens)} tokens, logits {tuple(logits.shape)}, "
+               "logits": logits.cpu().float().contiguous(), "bf16_error": error.cpu().reshape(1)}, path)
+    print(f"{path}: {len(tokens)} tokens, logits {tuple(logits.shape)}, "
           f"largest {logits.abs().max():.2f}, bf16 error {error:.4f}")
 
 
 def tiny(config, model_class, directory: pathlib.Path, dtype: torch.dtype, shard_size: str) -> None:
     model = model_class(config).eval()
     widen_random_weights(model)
-    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    cast_weights(model, dtype).save_pretrained(directory, max_shard_size=shard_size)
     generator = torch.Generator().manual_seed(SEED + 1)
     tokens = torch.randint(0, config.vocab_size, (300,), generator=generator)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     save_logits(model, tokens, [0, 1, 15, 16, 127, 128, 200, 298, 299], directory / "logits.safetensors")
 
 
+def shape(config_file: str, layers: int, directory: pathlib.Path) -> None:
+    values = json.loads(pathlib.Path(config_file).read_text())
+    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[values["model_type"]](**{**values, "num_hidden_layers": layers})
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    widen_random_weights(model)
+    cast_weights(model, torch.bfloat16).save_pretrained(directory)
+    tokens = torch.randint(0, config.vocab_size, (3000,), generator=torch.Generator().manual_seed(SEED + 3))
+    save_logits(model, tokens, [0, 127, 1023, 1024, 2047, 2999], directory / "logits.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["fp32", "gpu", "demo"], help="only the tiny models, those for GPUs, or the shipped one")
+    parser.add_argument("--shape", metavar="CONFIG_JSON", help="a checkpoint of this shape instead, made on a GPU")
+    parser.add_argument("--layers", type=int, default=4, help="of --shape")
+    parser.add_argument("--out", type=pathlib.Path, help="of --shape")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
+    if arguments.shape:
+        shape(arguments.shape, arguments.layers, arguments.out)
+        return
     if arguments.only in (None, "fp32"):
         tiny(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=8,
                          num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5,

@@ -1,6 +1,6 @@
 """Writes selector_goldens.h: masks of the selectors beside mean-key, for tests/unit/selector_golden_test.cc.
 
-Written from docs/design/method.md 3.7, 3.8, 3.10 and 3.14 with NumPy in fp64 over the keys of all tokens, without pages,
+Written from docs/design/method.md 3.6, 3.7, 3.8, 3.10 and 3.14 with NumPy in fp64 over the keys of all tokens, without pages,
 tiles or summaries of the C++ code. Inputs come from the generator of make_mean_key_goldens.py and are exact in fp32, so
 that the test makes them again and the file holds masks only. Keys of a page share a topic and queries of a head a
 direction, so that pages differ.
@@ -25,6 +25,8 @@ SINK_PAGES, WINDOW_PAGES = 1, 2  # read anyway
 XATTENTION = {"stride": 8, "mass": 0.7}
 QUOKA = {"picked_queries": 5, "kept_pages": 4, "kept_tokens": 20}
 SUB_MEAN = {"share": 0.03, "lift": 1.5, "temperature": 1.5, "peak_weight": 0.125}
+SEER = {"threshold": 0.07, "block": 64}
+SEER_SHAPES = {2: "single", 3: "group"}  # of SHAPES, with pages of whole blocks -> layout of the gate's weights
 RANDOM = {"seed": 11, "layer": 3, "share": 0.3}
 LEAST_MARGIN = 1e-3  # of every comparison, so that fp32 must agree
 
@@ -164,6 +166,56 @@ def sub_mean(shape, q, k):
     return rows, margin
 
 
+def gate_inputs(shape, seed):
+    """Queries and keys before RoPE, and the gate's maps: key [heads, 3 D, D]; query [Hkv, G D, D] or none."""
+    heads, kv_heads, dim, page, start, tokens = shape
+    lcg = Lcg(seed + 1)
+    draw = lambda *sizes: lcg.values(math.prod(sizes)).reshape(sizes)
+    q = draw(heads, dim)[None] + draw(tokens, heads, dim)
+    context = start + tokens
+    topics = draw(-(-context // SEER["block"]), kv_heads, dim)
+    k = topics[np.arange(context) // SEER["block"]] + draw(context, kv_heads, dim)
+    single = SEER_SHAPES[SHAPES.index(shape)] == "single"
+    key_map = draw(heads if single else kv_heads, 3 * dim, dim) / 4
+    query_map = None if single else draw(kv_heads, heads // kv_heads * dim, dim) / 4
+    return q, k, key_map, query_map
+
+
+def rotate(row, block, dim):
+    """The model's RoPE at the block's first token; angles in fp32, as the model rounds them."""
+    frequencies = (10000.0 ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+    angle = (frequencies * np.float32(block * SEER["block"])).astype(np.float64)
+    low, high = row[: dim // 2], row[dim // 2 :]
+    return np.concatenate([low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)])
+
+
+def seer(shape, seed):
+    heads, kv_heads, dim, page, start, tokens = shape
+    group, block = heads // kv_heads, SEER["block"]
+    q, k, key_map, query_map = gate_inputs(shape, seed)
+    mask_heads = heads if query_map is None else kv_heads
+    margin, rows = np.inf, []
+    for head in range(mask_heads):
+        kv_head = head * kv_heads // mask_heads
+        members = [head] if query_map is None else range(head * group, (head + 1) * group)
+        keys = []
+        for j in range(-(-(start + tokens) // block)):
+            own = k[j * block : (j + 1) * block, kv_head]
+            pooled = np.concatenate([own.max(axis=0), own.min(axis=0), own.mean(axis=0)])
+            keys.append(rotate(pooled @ key_map[head], j, dim))
+        for positions in blocks_of(start, tokens, block):
+            i = positions[0] // block
+            pooled = np.concatenate([q[positions - start, member].mean(axis=0) for member in members])
+            query = rotate(pooled if query_map is None else pooled @ query_map[head], i, dim)
+            scores = np.array([query @ keys[j] for j in range(i + 1)]) / np.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            shares = weights / weights.sum()
+            energy = [shares[j * (page // block) : (j + 1) * (page // block)].max() for j in range(start // page)]
+            margin = min(margin, np.abs(np.array(energy) / SEER["threshold"] - 1).min())
+            rows.append([j for j, value in enumerate(energy) if value > SEER["threshold"]])
+    return rows, margin
+
+
 def splitmix(key):
     mask = 2**64 - 1
     z = (key + 0x9E3779B97F4A7C15) & mask
@@ -198,7 +250,7 @@ def golden_of(name, rule, number):
     """Lines of one entry, from the first seed whose decisions are all clear."""
     shape, seed = SHAPES[number], 2000 + number
     while True:
-        rows, margin = rule(shape, *inputs_of(shape, seed))
+        rows, margin = rule(shape, seed) if rule is seer else rule(shape, *inputs_of(shape, seed))
         if margin > LEAST_MARGIN:
             break
         seed += 100
@@ -239,6 +291,7 @@ def main():
         f"kQuokaKeptPages = {QUOKA['kept_pages']}, kQuokaKeptTokens = {QUOKA['kept_tokens']};",
         f"inline constexpr float kSubMeanShare = {SUB_MEAN['share']}F, kSubMeanLift = {SUB_MEAN['lift']}F, "
         f"kSubMeanTemperature = {SUB_MEAN['temperature']}F, kSubMeanPeakWeight = {SUB_MEAN['peak_weight']}F;",
+        f"inline constexpr float kSeerThreshold = {SEER['threshold']}F;",
         f"inline constexpr std::uint64_t kRandomSeed = {RANDOM['seed']};",
         f"inline constexpr std::int32_t kRandomLayer = {RANDOM['layer']};",
         f"inline constexpr float kRandomShare = {RANDOM['share']}F;",
@@ -248,6 +301,7 @@ def main():
     rules = [("xattention", xattention), ("quoka", quoka), ("sub-mean", sub_mean), ("random", random)]
     lines.append("inline const std::vector<SelectorGolden> kSelectorGoldens = {")
     lines += [line for name, rule in rules for number in range(len(SHAPES)) for line in golden_of(name, rule, number)]
+    lines += [line for number in SEER_SHAPES for line in golden_of("seer", seer, number)]
     lines += ["};", "", "inline const std::vector<SelectorGolden> kQuokaTokenGoldens = {"]
     for number in range(len(SHAPES)):
         lines += golden_of("quoka", lambda *step: quoka_tokens(*step, quarter=False), number)

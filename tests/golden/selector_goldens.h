@@ -19,6 +19,7 @@ inline constexpr std::int32_t kXAttentionStride = 8;
 inline constexpr float kXAttentionMass = 0.7F;
 inline constexpr std::int32_t kQuokaPickedQueries = 5, kQuokaKeptPages = 4, kQuokaKeptTokens = 20;
 inline constexpr float kSubMeanShare = 0.03F, kSubMeanLift = 1.5F, kSubMeanTemperature = 1.5F, kSubMeanPeakWeight = 0.125F;
+inline constexpr float kSeerThreshold = 0.07F;
 inline constexpr std::uint64_t kRandomSeed = 11;
 inline constexpr std::int32_t kRandomLayer = 3;
 inline constexpr float kRandomShare = 0.3F;
@@ -75,6 +76,11 @@ inline const std::vector<SelectorGolden> kSelectorGoldens = {
      {{3, 5, 8}, {3, 5, 8}, {3, 5, 8}}},
     {"random", 2, 1, 16, 128, 1300, 140, 2003,
      {{3, 5, 8}, {3, 5, 8}}},
+    {"seer", 7, 1, 8, 64, 700, 70, 2002,
+     {{3, 5}, {5}, {5, 7}, {4}, {0, 6, 7}, {0, 2, 7, 8}, {4}, {4}, {0, 4}, {2, 3, 4}, {4}, {4, 6}, {3, 4}, {3, 4, 7},
+      {3, 7, 8}, {2, 3, 9}, {5, 6}, {0, 5, 6, 7}, {0, 2}, {2, 3, 4}, {4, 6}}},
+    {"seer", 2, 1, 16, 128, 1300, 140, 2003,
+     {{1, 6}, {1, 3}, {1, 2, 7}}},
 };
 
 inline const std::vector<SelectorGolden> kQuokaTokenGoldens = {

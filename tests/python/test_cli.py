@@ -124,6 +124,34 @@ def test_bench_step_names_what_is_wrong(cli, flags, message):
     assert message in run(cli, "bench", "step", *flags, expect=2)
 
 
+def test_bench_prefill_sets_selectors_beside_dense(cli, demo_dir, tmp_path):
+    out = tmp_path / "prefill.json"
+    run(cli, "bench", "prefill", "-m", demo_dir, "--backend", "cpu", "--context", "2048,1024", "--min-context", "0",
+        "--selector", "dense,static,static:chunk=512", "--json", out)
+    figures = json.loads(out.read_text())
+    assert figures["backend"] == "cpu" and figures["shape"]["head_dim"] == 64
+    assert [(row["context"], row["chunk"]) for row in figures["rows"]] == [
+        (1024, 1024), (1024, 1024), (1024, 512), (2048, 1024), (2048, 1024), (2048, 512)]
+    dense, static, alone = figures["rows"][3:]
+    assert dense["density"] == 1 and dense["speedup_to_dense"] == 1 and dense["tflops"] > 0
+    assert static["density"] < 1 and static["speedup_to_dense"] == pytest.approx(dense["ttft_seconds"] / static["ttft_seconds"])
+    assert "speedup_to_dense" not in alone  # no dense run of its chunk size
+    for row in figures["rows"]:
+        assert 0 < row["attention_seconds"] < row["ttft_seconds"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "weights come from one place"), (["-m", "X", "--random-weights", "Y"], "weights come from one place"),
+    (["--backend", "cpu", "--random-weights", "Y"], "--backend cuda"), (["-m", "X", "--context", "0"], "--context"),
+    (["-m", "/nowhere", "--backend", "cpu"], "/nowhere")])
+def test_bench_prefill_names_what_is_wrong(cli, flags, message):
+    assert message in run(cli, "bench", "prefill", *flags, expect=2)
+
+
+def test_bench_attention_is_for_a_gpu(cli):
+    assert "bench attention times: cuda" in run(cli, "bench", "attention", "--backend", "cpu", expect=2)
+
+
 def test_bench_select_is_for_a_gpu(cli):
     assert "see bench step" in run(cli, "bench", "select", "--backend", "cpu", expect=2)
 

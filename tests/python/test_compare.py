@@ -114,6 +114,19 @@ def test_resumed_and_merged_runs_say_the_same(cli, demo_dir, compared, tmp_path)
     assert order(merged) == order(compared["json"]) and merged["digest"] == compared["json"]["digest"]
 
 
+def test_calibrations_are_named_by_the_density_that_they_are_for(cli, demo_dir, tmp_path):
+    texts = ["--essays", demo_dir / "haystack.txt", "--words", demo_dir / "words.txt"]
+    for density in (0.25, 0.5):
+        run(cli, "calibrate", "-m", demo_dir, *texts, "--tasks", "vt", "--lengths", 1100, "--page", 32, "--chunk", 256, "--sink", 32, "--window", 64,
+            "--target", f"density={density}", "-o", tmp_path / f"fit_{density}.json")
+    small = COMPARE[:COMPARE.index("--selector")]
+    compare(cli, demo_dir, *[0 if part == 2 else part for part in small], "--selector", f"mean-key:calibration={tmp_path}/fit_{{}}.json",
+            "--json", tmp_path / "out.json")
+    dense, quarter, half = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert quarter["spec"].endswith("fit_0.25.json") and half["spec"].endswith("fit_0.5.json") and quarter["selector"] == half["selector"]
+    assert quarter["density"] < half["density"] < 1 and quarter["recall"] < half["recall"]
+
+
 BAD_COMPARE = {
     "two numbers": (["--selector", "mean-key:share={}:lift={}"], "{} stands for the one number"),
     "a name": (["--selector", "{}"], "{} stands for the one number"),

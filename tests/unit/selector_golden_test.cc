@@ -1,8 +1,9 @@
-// xattention, quoka (pages and tokens), sub-mean and random against choices that an independent NumPy program made
-// (tests/golden/make_selector_goldens.py).
+// xattention, quoka (pages and tokens), sub-mean, seer and random against choices that an independent NumPy program
+// made (tests/golden/make_selector_goldens.py).
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
 #include <ostream>
 
 #include "compact/paged_kv.h"
@@ -26,6 +27,48 @@ using golden::SelectorGolden;
 using testing::Lcg;
 using testing::pages_of_row;
 
+// Queries and keys before RoPE and the gate's weights, as the script draws them. One query head for each KV head: the
+// heads of the second layout stand side by side.
+struct GateInputs {
+  explicit GateInputs(const SelectorGolden& golden) : weights(std::make_shared<GateWeights>()), gates(weights) {
+    Lcg lcg(golden.seed + 1);
+    const std::int32_t dim = golden.head_dim;
+    const std::int32_t context = golden.chunk_start + golden.chunk_tokens;
+    const std::vector<float> base = lcg.values(golden.q_heads * dim);
+    q = lcg.values(golden.chunk_tokens * golden.q_heads * dim);
+    for (std::size_t i = 0; i < q.size(); ++i) q[i] += base[i % base.size()];
+    const std::int32_t key_floats = golden.kv_heads * dim;
+    const std::vector<float> topics = lcg.values((context + kGateBlockTokens - 1) / kGateBlockTokens * key_floats);
+    k = lcg.values(context * key_floats);
+    for (std::int32_t x = 0; x < context * key_floats; ++x) {
+      const std::int32_t block = x / key_floats / kGateBlockTokens;
+      k[static_cast<std::size_t>(x)] += topics[static_cast<std::size_t>(block * key_floats + x % key_floats)];
+    }
+    const bool single = golden.page_tokens == kGateBlockTokens;
+    weights->num_layers = golden::kRandomLayer + 1;
+    weights->num_q_heads = golden.q_heads;
+    weights->num_kv_heads = golden.kv_heads;
+    weights->head_dim = dim;
+    weights->mask_heads = single ? golden.q_heads : golden.kv_heads;
+    weights->key_heads = weights->mask_heads;
+    fill_last_layer(lcg.values(weights->key_heads * 3 * dim * dim), weights->key);
+    if (!single) fill_last_layer(lcg.values(golden.q_heads * dim * dim), weights->query);
+    for (std::int32_t d = 0; d < dim; d += 2) {
+      weights->inverse_frequencies.push_back(static_cast<float>(std::pow(10000.0, -double(d) / dim)));
+    }
+  }
+  // The other layers hold zeros: a mix-up shows.
+  static void fill_last_layer(const std::vector<float>& drawn, std::vector<float>& all) {
+    all.assign(drawn.size() * golden::kRandomLayer, 0.0F);
+    for (const float value : drawn) all.push_back(value / 4);
+  }
+
+  std::vector<float> q;  // [C, Hq, D]
+  std::vector<float> k;  // [L, Hkv, D]
+  std::shared_ptr<GateWeights> weights;
+  std::shared_ptr<const GateWeights> gates;
+};
+
 SelectorOptions options_of(const SelectorGolden& golden) {
   SelectorOptions options{.name = std::string(golden.selector)};
   options.xattention = {.stride = golden::kXAttentionStride, .mass = golden::kXAttentionMass};
@@ -35,6 +78,8 @@ SelectorOptions options_of(const SelectorGolden& golden) {
                       .lift = golden::kSubMeanLift,
                       .temperature = golden::kSubMeanTemperature,
                       .peak_weight = golden::kSubMeanPeakWeight};
+  if (golden.selector == "seer")
+    options.seer = {.threshold = golden::kSeerThreshold, .gates = GateInputs(golden).gates};
   options.random = {.seed = golden::kRandomSeed, .share = golden::kRandomShare};
   return options;
 }
@@ -69,7 +114,10 @@ class GoldenStep {
     const auto rows = contiguous_rows<const float>(k.data(), context_, golden.kv_heads, golden.head_dim);
     ThreadPool pool(1);
     EXPECT_TRUE(cache_.extend(request, context_).ok());
-    EXPECT_TRUE(cache_.write(request, 0, 0, rows, rows, pool).ok());
+    const GateInputs pre(golden);
+    q_pre_ = pre.q;
+    const auto k_pre = contiguous_rows<const float>(pre.k.data(), context_, golden.kv_heads, golden.head_dim);
+    EXPECT_TRUE(cache_.write(request, 0, 0, rows, rows, pool, k_pre).ok());
     chunk_ = {0, golden.chunk_tokens, golden.chunk_start, cache_.page_table(request).value().data()};
   }
   GoldenStep(const GoldenStep&) = delete;
@@ -84,6 +132,7 @@ class GoldenStep {
     input.softmax_scale = 1.0F / std::sqrt(static_cast<float>(golden_.head_dim));
     input.kv = cache_.layer(0);
     input.layer = golden::kRandomLayer;
+    input.q_pre = contiguous_rows<const float>(q_pre_.data(), golden_.chunk_tokens, golden_.q_heads, golden_.head_dim);
     input.forced = {golden::kSinkPages * golden_.page_tokens, golden::kWindowPages * golden_.page_tokens};
     return input;
   }
@@ -92,7 +141,8 @@ class GoldenStep {
   const SelectorGolden& golden_;
   std::int32_t context_;
   PagedKvCache cache_;
-  std::vector<float> q_;  // [C, Hq, D]
+  std::vector<float> q_;      // [C, Hq, D]
+  std::vector<float> q_pre_;  // [C, Hq, D]  before RoPE
   ChunkView chunk_;
 };
 

@@ -52,9 +52,9 @@ TEST(Selectors, UnknownNameListsTheKnown) {
   const auto selector = make_selector({.name = "nonesuch"});
   EXPECT_EQ(selector.status().code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(selector.status().message(),
-            "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key, sub-mean, xattention, quoka, random, "
-            "external");
-  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key, sub-mean, xattention, quoka, random, external");
+            "unknown selector 'nonesuch'; known: dense, static, oracle, mean-key, sub-mean, xattention, quoka, seer, "
+            "random, external");
+  EXPECT_EQ(selector_names(), "dense, static, oracle, mean-key, sub-mean, xattention, quoka, seer, random, external");
 }
 
 TEST(Selectors, PresetsAreTheirPublishedRules) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,7 +21,6 @@
 
 #include "compact/attention_cuda.h"
 #include "engine/bench/cuda/device_fill.h"
-#include "src/core/bf16.h"
 
 namespace compact::bench {
 
@@ -247,7 +247,7 @@ inline std::vector<float> first_values(const void* data, std::int64_t elements) 
   CA_BENCH_CUDA(cudaMemcpy(bits.data(), data, bits.size() * 2, cudaMemcpyDeviceToHost));
   std::vector<float> values;
   values.reserve(bits.size());
-  for (const std::uint16_t b : bits) values.push_back(to_float(Bf16{b}));
+  for (const std::uint16_t b : bits) values.push_back(std::bit_cast<float>(std::uint32_t{b} << 16));
   return values;
 }
 

@@ -11,76 +11,49 @@
 #include "src/attention/sm80/launch.h"
 #include "src/attention/sm90/launch.h"
 #include "src/attention/sm90/sm90_config.h"
+#include "src/core/cuda_status.h"
+#include "src/core/refusal.h"
 
 namespace compact {
 namespace {
 
+constexpr Refusal kRefuse{"attention (cuda)"};
+
 constexpr std::int32_t kSplitGranule = 128;  // a multiple of every BN in use
 constexpr std::int64_t kWorkspaceAlignment = 256;
-
-template <class... Args>
-Status wrong(fmt::format_string<Args...> text, Args&&... args) {
-  return invalid_argument("attention (cuda): " + fmt::format(text, std::forward<Args>(args)...));
-}
-
-template <class... Args>
-Status missing(fmt::format_string<Args...> text, Args&&... args) {
-  return unsupported("attention (cuda): " + fmt::format(text, std::forward<Args>(args)...));
-}
-
-Status cuda_status(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return {};
-  return cuda_error(
-      fmt::format("attention (cuda): {}: {} ({})", what, cudaGetErrorString(error), cudaGetErrorName(error)));
-}
 
 std::int32_t log2_exact(std::int32_t power_of_two) {
   return std::countr_zero(static_cast<std::uint32_t>(power_of_two));
 }
 
-// A stride matters only where its index exceeds 0; 16-byte loads want multiples of 8 elements.
-Status check_stride(const char* name, std::int64_t stride, std::int32_t count, std::int32_t head_dim) {
-  if (count > 1 && stride < head_dim) return wrong("{} is {}; at least head_dim = {}", name, stride, head_dim);
-  if (stride % 8 != 0) return wrong("{} is {}; a multiple of 8 elements (16 bytes)", name, stride);
-  return {};
-}
-
-Status check_pointer(const char* name, const void* pointer, std::uintptr_t alignment) {
-  if (pointer == nullptr) return wrong("{} is null", name);
-  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-  if (address % alignment != 0) {
-    return wrong("{} is at address {:#x}; a multiple of {} bytes", name, address, alignment);
-  }
-  return {};
-}
-
 Status check_sizes(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
   const PagedKvView& kv = input.kv;
   if (sm80_tile(kv.head_dim).rows == 0)
-    return missing("head dimension is {}; kernels exist for 64, 128, 256", kv.head_dim);
+    return kRefuse.missing("head dimension is {}; kernels exist for 64, 128, 256", kv.head_dim);
   if (kv.dtype != DType::kBF16 && kv.dtype != DType::kF16) {
-    return missing("kv.dtype is {}; kernels exist for bf16 (1), f16 (2)", static_cast<std::int32_t>(kv.dtype));
+    return kRefuse.missing("kv.dtype is {}; kernels exist for bf16 (1), f16 (2)", static_cast<std::int32_t>(kv.dtype));
   }
   if (kv.page_tokens < 16 || kv.page_tokens > 256 || !std::has_single_bit(static_cast<std::uint32_t>(kv.page_tokens))) {
-    return missing("kv.page_tokens is {}; a power of two from 16 to 256", kv.page_tokens);
+    return kRefuse.missing("kv.page_tokens is {}; a power of two from 16 to 256", kv.page_tokens);
   }
-  if (kv.num_pages < 1) return wrong("kv.num_pages is {}; at least 1", kv.num_pages);
-  if (kv.num_kv_heads < 1) return wrong("kv.num_kv_heads is {}; at least 1", kv.num_kv_heads);
+  if (kv.num_pages < 1) return kRefuse.wrong("kv.num_pages is {}; at least 1", kv.num_pages);
+  if (kv.num_kv_heads < 1) return kRefuse.wrong("kv.num_kv_heads is {}; at least 1", kv.num_kv_heads);
   if (input.num_q_heads < 1 || input.num_q_heads % kv.num_kv_heads != 0) {
-    return wrong("num_q_heads is {}; a multiple of kv.num_kv_heads = {}", input.num_q_heads, kv.num_kv_heads);
+    return kRefuse.wrong("num_q_heads is {}; a multiple of kv.num_kv_heads = {}", input.num_q_heads, kv.num_kv_heads);
   }
   const std::int32_t group = input.num_q_heads / kv.num_kv_heads;
   if (input.heads_per_unit < 1 || group % input.heads_per_unit != 0) {
-    return wrong("heads_per_unit is {}; a divisor of num_q_heads / kv.num_kv_heads = {}", input.heads_per_unit, group);
+    return kRefuse.wrong("heads_per_unit is {}; a divisor of num_q_heads / kv.num_kv_heads = {}", input.heads_per_unit,
+                         group);
   }
-  if (input.num_q_tokens < 0) return wrong("num_q_tokens is {}; at least 0", input.num_q_tokens);
-  if (input.max_units < 0) return wrong("max_units is {}; at least 0", input.max_units);
+  if (input.num_q_tokens < 0) return kRefuse.wrong("num_q_tokens is {}; at least 0", input.num_q_tokens);
+  if (input.max_units < 0) return kRefuse.wrong("max_units is {}; at least 0", input.max_units);
   if (options.fixed_split_tokens < 0 || options.fixed_split_tokens % kSplitGranule != 0) {
-    return wrong("fixed_split_tokens is {}; 0 or a multiple of {}", options.fixed_split_tokens, kSplitGranule);
+    return kRefuse.wrong("fixed_split_tokens is {}; 0 or a multiple of {}", options.fixed_split_tokens, kSplitGranule);
   }
   if (options.fixed_split_tokens > 0 && options.max_list_tokens < 1) {
-    return wrong("max_list_tokens is {} with fixed_split_tokens {}; the longest list", options.max_list_tokens,
-                 options.fixed_split_tokens);
+    return kRefuse.wrong("max_list_tokens is {} with fixed_split_tokens {}; the longest list", options.max_list_tokens,
+                         options.fixed_split_tokens);
   }
   return {};
 }
@@ -89,21 +62,21 @@ Status check_tensors(const CudaAttentionInput& input, const CudaAttentionOutput&
   const PagedKvView& kv = input.kv;
   const std::int32_t d = kv.head_dim;
   if (!std::isfinite(input.softmax_scale) || input.softmax_scale <= 0) {
-    return wrong("softmax_scale is {}; finite and positive", input.softmax_scale);
+    return kRefuse.wrong("softmax_scale is {}; finite and positive", input.softmax_scale);
   }
-  CA_RETURN_IF_ERROR(check_pointer("q", input.q, 16));
-  CA_RETURN_IF_ERROR(check_pointer("o", output.o, 16));
-  CA_RETURN_IF_ERROR(check_pointer("kv.k", kv.k, 16));
-  CA_RETURN_IF_ERROR(check_pointer("kv.v", kv.v, 16));
-  CA_RETURN_IF_ERROR(check_pointer("units", input.units, alignof(AttentionUnit)));
-  CA_RETURN_IF_ERROR(check_pointer("page_ids", input.page_ids, sizeof(std::int32_t)));
-  CA_RETURN_IF_ERROR(check_stride("q_token_stride", input.q_token_stride, input.num_q_tokens, d));
-  CA_RETURN_IF_ERROR(check_stride("q_head_stride", input.q_head_stride, input.num_q_heads, d));
-  CA_RETURN_IF_ERROR(check_stride("o_token_stride", output.o_token_stride, input.num_q_tokens, d));
-  CA_RETURN_IF_ERROR(check_stride("o_head_stride", output.o_head_stride, input.num_q_heads, d));
-  CA_RETURN_IF_ERROR(check_stride("kv.page_stride", kv.page_stride, kv.num_pages, d));
-  CA_RETURN_IF_ERROR(check_stride("kv.head_stride", kv.head_stride, kv.num_kv_heads, d));
-  CA_RETURN_IF_ERROR(check_stride("kv.token_stride", kv.token_stride, kv.page_tokens, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("q", input.q, 16));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("o", output.o, 16));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("kv.k", kv.k, 16));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("kv.v", kv.v, 16));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("units", input.units, alignof(AttentionUnit)));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("page_ids", input.page_ids, sizeof(std::int32_t)));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("q_token_stride", input.q_token_stride, input.num_q_tokens, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("q_head_stride", input.q_head_stride, input.num_q_heads, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("o_token_stride", output.o_token_stride, input.num_q_tokens, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("o_head_stride", output.o_head_stride, input.num_q_heads, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("kv.page_stride", kv.page_stride, kv.num_pages, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("kv.head_stride", kv.head_stride, kv.num_kv_heads, d));
+  CA_RETURN_IF_ERROR(kRefuse.check_stride("kv.token_stride", kv.token_stride, kv.page_tokens, d));
   return {};
 }
 
@@ -112,13 +85,13 @@ Status check_tensors(const CudaAttentionInput& input, const CudaAttentionOutput&
 Result<CudaDevice> current_cuda_device() {
   int device = 0, sms = 0, major = 0, minor = 0;
   const auto query = [&](int& value, cudaDeviceAttr attribute) {
-    return cuda_status(cudaDeviceGetAttribute(&value, attribute, device), "device query");
+    return cuda_status(kRefuse.caller, cudaDeviceGetAttribute(&value, attribute, device), "device query");
   };
-  CA_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "no current device"));
+  CA_RETURN_IF_ERROR(cuda_status(kRefuse.caller, cudaGetDevice(&device), "no current device"));
   CA_RETURN_IF_ERROR(query(sms, cudaDevAttrMultiProcessorCount));
   CA_RETURN_IF_ERROR(query(major, cudaDevAttrComputeCapabilityMajor));
   CA_RETURN_IF_ERROR(query(minor, cudaDevAttrComputeCapabilityMinor));
-  if (major < 8) return missing("the device has compute capability {}.{}; 8.0 or later", major, minor);
+  if (major < 8) return kRefuse.missing("the device has compute capability {}.{}; 8.0 or later", major, minor);
   return CudaDevice{10 * major + minor, sms, major == 9 ? CudaBackend::kSm90 : CudaBackend::kSm80};
 }
 
@@ -134,11 +107,13 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
     case CudaBackend::kSm80: plan.backend = CudaBackend::kSm80; break;
     case CudaBackend::kSm90:
       if (!hopper) {
-        return missing("backend sm90 on compute capability {}.{}; 9.0", device.capability / 10, device.capability % 10);
+        return kRefuse.missing("backend sm90 on compute capability {}.{}; 9.0", device.capability / 10,
+                               device.capability % 10);
       }
       plan.backend = CudaBackend::kSm90;
       break;
-    default: return wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(options.backend));
+    default:
+      return kRefuse.wrong("backend is {}; auto (0), sm90 (1), sm80 (2)", static_cast<std::int32_t>(options.backend));
   }
 
   if (plan.backend == CudaBackend::kSm90) {
@@ -147,10 +122,10 @@ Result<CudaPlan> plan_attention(const CudaAttentionInput& input, const CudaAtten
   } else {
     const Sm80Tile tile = sm80_tile(input.kv.head_dim);
     std::int32_t ctas_per_sm = 0;
-    CA_RETURN_IF_ERROR(
-        cuda_status(sm80_ctas_per_sm(input.kv.dtype, input.kv.head_dim, &ctas_per_sm), "occupancy of the sm80 kernel"));
+    CA_RETURN_IF_ERROR(cuda_status(kRefuse.caller, sm80_ctas_per_sm(input.kv.dtype, input.kv.head_dim, &ctas_per_sm),
+                                   "occupancy of the sm80 kernel"));
     if (ctas_per_sm < 1) {
-      return missing("the device has too little shared memory for head dimension {}", input.kv.head_dim);
+      return kRefuse.missing("the device has too little shared memory for head dimension {}", input.kv.head_dim);
     }
     CA_RETURN_IF_ERROR(plan_tile(plan, input, options, tile.rows, tile.tokens, ctas_per_sm * device.num_sms));
   }
@@ -168,8 +143,8 @@ Status plan_tile(CudaPlan& plan, const CudaAttentionInput& input, const CudaAtte
   constexpr std::int64_t kMaxItems = std::numeric_limits<std::int32_t>::max() / 4;
   const std::int64_t m_tiles = max_m_tiles(plan.schedule, input.max_units, input.num_q_tokens, input.num_q_heads);
   if (m_tiles > kMaxItems) {
-    return wrong("{} query tokens of {} heads in {} units are too many for one call", input.num_q_tokens,
-                 input.num_q_heads, input.max_units);
+    return kRefuse.wrong("{} query tokens of {} heads in {} units are too many for one call", input.num_q_tokens,
+                         input.num_q_heads, input.max_units);
   }
   std::int64_t slots = max_load_slots(num_workers);
   if (options.fixed_split_tokens > 0) {
@@ -177,8 +152,8 @@ Status plan_tile(CudaPlan& plan, const CudaAttentionInput& input, const CudaAtte
     slots = pieces == 1 ? 0 : m_tiles * pieces;
   }
   if (m_tiles + slots > kMaxItems) {
-    return wrong("fixed_split_tokens is {}: {} tiles of {} query rows in {} pieces are too many for one call",
-                 options.fixed_split_tokens, m_tiles, tile_rows, slots);
+    return kRefuse.wrong("fixed_split_tokens is {}: {} tiles of {} query rows in {} pieces are too many for one call",
+                         options.fixed_split_tokens, m_tiles, tile_rows, slots);
   }
   plan.max_m_tiles = static_cast<std::int32_t>(m_tiles);
   plan.max_slots = static_cast<std::int32_t>(slots);
@@ -246,17 +221,18 @@ CudaChain make_chain(const CudaPlan& plan, const CudaAttentionInput& input, cons
 }
 
 Status launch_chain_prepare(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
-  return cuda_status(launch_prepare(chain.prepare, plan.pdl, stream), "launch of the prepare kernel");
+  return cuda_status(kRefuse.caller, launch_prepare(chain.prepare, plan.pdl, stream), "launch of the prepare kernel");
 }
 
 Status launch_chain_main(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
   if (plan.backend == CudaBackend::kSm90) return sm90_launch_prefill(chain.main, stream);
-  return cuda_status(sm80_launch_prefill(chain.main, plan.pdl, stream), "launch of the sm80 kernel");
+  return cuda_status(kRefuse.caller, sm80_launch_prefill(chain.main, plan.pdl, stream), "launch of the sm80 kernel");
 }
 
 Status launch_chain_combine(const CudaPlan& plan, const CudaChain& chain, cudaStream_t stream) {
   if (plan.max_slots == 0) return {};
-  return cuda_status(launch_combine(chain.combine, plan.num_sms, plan.pdl, stream), "launch of the combine kernel");
+  return cuda_status(kRefuse.caller, launch_combine(chain.combine, plan.num_sms, plan.pdl, stream),
+                     "launch of the combine kernel");
 }
 
 Result<std::int64_t> attend_cuda_workspace_bytes(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
@@ -269,14 +245,14 @@ Status attend_cuda(const CudaAttentionInput& input, const CudaAttentionOutput& o
   CA_ASSIGN_OR_RETURN(const CudaPlan plan, plan_attention(input, options));
   if (input.max_units == 0 || input.num_q_tokens == 0) return {};
   CA_RETURN_IF_ERROR(check_tensors(input, output));
-  CA_RETURN_IF_ERROR(check_pointer("workspace", workspace, kWorkspaceAlignment));
+  CA_RETURN_IF_ERROR(kRefuse.check_pointer("workspace", workspace, kWorkspaceAlignment));
   if (workspace_bytes < plan.workspace.bytes) {
-    return wrong("workspace_bytes is {}; at least {} (attend_cuda_workspace_bytes)", workspace_bytes,
-                 plan.workspace.bytes);
+    return kRefuse.wrong("workspace_bytes is {}; at least {} (attend_cuda_workspace_bytes)", workspace_bytes,
+                         plan.workspace.bytes);
   }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (options.check_lists) {
-    if (output.error == nullptr) return wrong("check_lists without output.error; where to report");
+    if (output.error == nullptr) return kRefuse.wrong("check_lists without output.error; where to report");
     const CheckArgs check{.units = input.units,
                           .num_units = input.num_units,
                           .page_ids = input.page_ids,
@@ -288,7 +264,7 @@ Status attend_cuda(const CudaAttentionInput& input, const CudaAttentionOutput& o
                           .page_tokens = input.kv.page_tokens,
                           .num_pages = input.kv.num_pages,
                           .error = output.error};
-    CA_RETURN_IF_ERROR(cuda_status(launch_check_lists(check, cuda_stream), "launch of the list check"));
+    CA_RETURN_IF_ERROR(cuda_status(kRefuse.caller, launch_check_lists(check, cuda_stream), "launch of the list check"));
   }
   const CudaChain chain = make_chain(plan, input, output, options, workspace);
   CA_RETURN_IF_ERROR(launch_chain_prepare(plan, chain, cuda_stream));

@@ -9,7 +9,6 @@
 // A thread holds 8 neighbouring dimensions of a row's low half and the 8 that they rotate with: 16-byte accesses, D/16
 // threads to a row, and all rows of a CTA in flight at once.
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 
@@ -17,6 +16,8 @@
 #include "src/kv/cuda/launch.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/convert.cuh"
+#include "src/ptx/prefetch.cuh"
+#include "src/ptx/unpack.cuh"
 
 namespace compact {
 namespace {
@@ -34,15 +35,6 @@ constexpr std::int32_t kRowThreads = kDim / (2 * kVector);
 struct alignas(16) Vector {
   std::uint32_t pairs[kVector / 2];
 };
-
-template <ptx::MmaType kType>
-__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair) {
-  if constexpr (kType == ptx::MmaType::kBf16) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-}
 
 // A thread's part of one head of one row: dimensions [8 part, 8 part + 8) and the same plus D/2.
 template <int kDim>
@@ -79,8 +71,8 @@ __device__ __forceinline__ void turn(HeadPart<kDim>& head, int part, const float
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
-      const float2 low = unpack_pair<kType>(head.low.pairs[i]);
-      const float2 high = unpack_pair<kType>(head.high.pairs[i]);
+      const float2 low = ptx::unpack_pair<kType>(head.low.pairs[i]);
+      const float2 high = ptx::unpack_pair<kType>(head.high.pairs[i]);
       squares += low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y;
     }
 #pragma unroll
@@ -89,8 +81,8 @@ __device__ __forceinline__ void turn(HeadPart<kDim>& head, int part, const float
   }
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
-    float2 low = unpack_pair<kType>(head.low.pairs[i]);
-    float2 high = unpack_pair<kType>(head.high.pairs[i]);
+    float2 low = ptx::unpack_pair<kType>(head.low.pairs[i]);
+    float2 high = ptx::unpack_pair<kType>(head.high.pairs[i]);
     if (weights != nullptr) {
       const float* of_part = weights + part * kVector + 2 * i;
       low = {low.x * scale * of_part[0], low.y * scale * of_part[1]};
@@ -201,7 +193,7 @@ __device__ __forceinline__ void sum_granules(const std::uint16_t* rows, std::int
     float2 sum{};
 #pragma unroll 16
     for (std::int32_t t = 0; t < granule; ++t) {
-      const float2 x = unpack_pair<kType>(column[t * (kDim / 2)]);
+      const float2 x = ptx::unpack_pair<kType>(column[t * (kDim / 2)]);
       sum.x += x.x;
       sum.y += x.y;
     }
@@ -234,6 +226,9 @@ __device__ __forceinline__ void turn_keys(const AppendArgs& a, const PagePart& p
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const std::int32_t t = slice + i * rows + my_row;
+      if (a.in.rope_table != nullptr && t >= p.old_end && t < p.end) {
+        ptx::prefetch_l1(a.in.rope_table + (p.first_row + t) * kDim + part * 2 * kVector);
+      }
       if (t >= begin && t < p.end) {
         head[i].load(t < p.old_end ? to + t * a.kv.token_stride : from + (p.first_row + t) * a.in.k_token_stride, part);
       }

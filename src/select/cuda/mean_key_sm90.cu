@@ -4,8 +4,8 @@
 // docs/design/step-kernels.md.
 //
 //   producers  4 warps gather stages of 64 means through the page table by cp.async, 16 each, into the layout of wgmma
-//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T, the products of a stage under way while the one before is
-//              summed. Their halves take exponentials in turns: while one does, the other marks pages
+//   consumers  2 warpgroups of 64 rows per tile: S = Q M^T with Q in registers, a stage at a time. Their halves take
+//              exponentials in turns: while one does, the other waits for products and marks pages
 //   pass 1     all pages: sums of the rows in base 2, against a reference that is moved only when a sum grows large.
 //              A page with a score above its row's running cut is marked
 //   pass 2     the marked pages alone, packed 64 to a stage: the same scores, compared with the final cut. Their means
@@ -59,8 +59,7 @@ struct Sm90Shape {
   static constexpr std::int32_t kThreads = kConsumers + 32 * kProducerWarps;
   static constexpr std::int32_t kStages = kHeadDim == 256 ? 4 : kMaxStages;
   static constexpr std::int32_t kStageBytes = kPages * kHeadDim * 2;
-  static constexpr std::int32_t kQueriesAt = kStages * kStageBytes;  // 64 rows of a warpgroup are as large as a stage
-  static constexpr std::int32_t kSharedAt = kQueriesAt + kConsumerWarps / 4 * kStageBytes;
+  static constexpr std::int32_t kSharedAt = kStages * kStageBytes;
   static constexpr std::int32_t kWordsAt = kSharedAt + static_cast<std::int32_t>(sizeof(Shared));
 
   // After the stages: marked pages, then the wanted pages of each tile.
@@ -179,27 +178,23 @@ __device__ __forceinline__ void gather_means(const MeanKeyArgs& args, Shared& sh
   }
 }
 
-// The warpgroup's 64 rows of the tile, from `first_row` on, into panels of 64 columns at `shared`: operand A. Rows that
-// do not exist are zeros.
+// 16 rows of the tile from `first_row` on as fragments of operand A, straight from memory: each value is needed by one
+// thread, once. Rows that do not exist are zeros.
 template <std::int32_t kHeadDim>
-__device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKeyArgs& args, const MeanKeyTile& tile,
-                                             std::int32_t first_row, std::int32_t thread) {
-  constexpr std::int32_t kPieces = kHeadDim / 8;  // of 16 bytes
-  constexpr std::int32_t kRowsPerCopy = 128 / kPieces;
-  const std::int32_t piece = thread % kPieces;
+__device__ __forceinline__ void load_queries(std::uint32_t (&q)[kHeadDim / 4], const MeanKeyArgs& args,
+                                             const MeanKeyTile& tile, std::int32_t first_row, std::int32_t lane) {
 #pragma unroll
-  for (std::int32_t row = thread / kPieces; row < 64; row += kRowsPerCopy) {
-    const bool valid = first_row + row < tile.rows;
-    const std::int32_t token = (first_row + row) / args.group;
-    const std::int32_t head = tile.kv_head * args.group + first_row + row - token * args.group;
-    const std::int64_t from = valid ? (tile.q_begin + token) * args.q_token_stride + head * args.q_head_stride : 0;
-    ptx::cp_async_16(shared + static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
-                         ptx::swizzle_128b(static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(piece % 8 * 16)),
-                     args.q + from + piece * 8, valid);
+  for (std::int32_t h = 0; h < 2; ++h) {
+    const std::int32_t row = first_row + lane / 4 + 8 * h;
+    const std::int32_t token = row / args.group;
+    const std::int32_t head = tile.kv_head * args.group + row - token * args.group;
+    const std::uint16_t* from =
+        args.q + (tile.q_begin + token) * args.q_token_stride + head * args.q_head_stride + lane % 4 * 2;
+#pragma unroll
+    for (std::int32_t i = 0; i < kHeadDim / 8; ++i) {
+      q[4 * (i / 2) + 2 * (i % 2) + h] = row < tile.rows ? *reinterpret_cast<const std::uint32_t*>(from + 8 * i) : 0u;
+    }
   }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  ptx::fence_proxy_async_shared();
 }
 
 // Two rows of a thread: first_row + lane / 4 and 8 more.
@@ -282,51 +277,30 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   unsigned* wanted = marked + (1 + tile_idx) * 2 * args.words_per_row;
 
   for (std::int32_t w = thread; w < (1 + kTiles) * 2 * args.words_per_row; w += Shape::kConsumers) marked[w] = 0;
-  const std::int32_t warpgroup = thread / 128;
-  const std::uint32_t queries_at =
-      ptx::shared_address(memory) + static_cast<std::uint32_t>(Shape::kQueriesAt + warpgroup * Shape::kStageBytes);
-  load_queries<kHeadDim>(queries_at, args, tile, 16 * (tile_warp & ~3), thread % 128);
-  const ptx::SmemDescriptor queries = ptx::k_major_descriptor(queries_at).uniform();
+  std::uint32_t q[kHeadDim / 4];
+  load_queries<kHeadDim>(q, args, tile, 16 * tile_warp, lane);
   const ptx::SmemDescriptor means = ptx::k_major_descriptor(ptx::shared_address(memory));
   const bool row_exists[2] = {16 * tile_warp + lane / 4 < tile.rows, 16 * tile_warp + lane / 4 + 8 < tile.rows};
-  ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // words are zeros, queries are there
+  ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // words are zeros
 
-  // Calls use(u, scores) for `num` stages, of which `before` lie behind: products without the scale. Two at a time: the
-  // products of the second are under way while the first is used.
-  const auto over_stages = [&](std::int32_t before, std::int32_t num, auto&& use) {
-    const auto wait_for = [&](std::int32_t count) {
-      ptx::mbarrier_wait(&shared.full[count % Shape::kStages], static_cast<std::uint32_t>(count / Shape::kStages & 1));
-    };
-#pragma unroll 1
-    for (std::int32_t u = 0; u < num; u += 2) {
-      const bool has_second = u + 1 < num;  // otherwise the first twice
-      wait_for(before + u);
-      if (has_second) wait_for(before + u + 1);
-      ptx::fence_proxy_async_shared();
-      const std::int32_t first = (before + u) % Shape::kStages;
-      const std::int32_t second = has_second ? (before + u + 1) % Shape::kStages : first;
-      const ptx::SmemDescriptor means_of[2] = {means.advanced(first * Shape::kStageBytes).uniform(),
-                                               means.advanced(second * Shape::kStageBytes).uniform()};
-      float s[2][kPages / 2] = {};  // otherwise the scores before count as live
-      ptx::pin_registers(s[0]);
-      ptx::pin_registers(s[1]);
-      ptx::wgmma_fence();
+  // Scores of the kernel's stage number `count`: products without the scale. The stage stays taken.
+  float s[kPages / 2];
+  const auto score_stage = [&](std::int32_t count) {
+    const std::int32_t stage = count % Shape::kStages;
+    ptx::mbarrier_wait(&shared.full[stage], static_cast<std::uint32_t>(count / Shape::kStages & 1));
+    ptx::fence_proxy_async_shared();
+    const ptx::SmemDescriptor from = means.advanced(stage * Shape::kStageBytes).uniform();
 #pragma unroll
-      for (std::int32_t i = 0; i < 2; ++i) {
+    for (float& x : s) x = 0.0f;  // otherwise the scores before count as live
+    ptx::pin_registers(s);
+    ptx::wgmma_fence();
 #pragma unroll
-        for (std::int32_t step = 0; step < kHeadDim / 16; ++step) {
-          const std::int32_t at = step / 4 * kPanelBytes + step % 4 * 32;
-          Mma::template ss<false>(s[i], queries.advanced(at).bits(), means_of[i].advanced(at).bits(), step > 0);
-        }
-        ptx::wgmma_commit();
-      }
-      ptx::wgmma_wait<1>();
-      ptx::pin_registers(s[0]);
-      use(u, s[0]);
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(s[1]);
-      if (has_second) use(u + 1, s[1]);
+    for (std::int32_t step = 0; step < kHeadDim / 16; ++step) {
+      Mma::template rs<false>(s, &q[4 * step], from.advanced(step / 4 * kPanelBytes + step % 4 * 32).bits(), step > 0);
     }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(s);
   };
   const auto free_stage = [&](std::int32_t count) {
     __syncwarp();
@@ -342,7 +316,9 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   std::int32_t num_scored = tile.end;
   RowSums rows;
   float cut[2];
-  over_stages(0, num_stages, [&](std::int32_t u, float(&s)[kPages / 2]) {
+#pragma unroll 1
+  for (std::int32_t u = 0; u < num_stages; ++u) {
+    score_stage(u);
     std::uint64_t scored = ~std::uint64_t{0};
     const bool has_own_pages = (u + 1) * kPages > past_pages;  // pages of the chunk, or none
     if (has_own_pages) {
@@ -361,16 +337,16 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
         if ((of_lane >> (i / 4 * 8 + i % 2) & 1) == 0) s[i] = -INFINITY;
       }
     }
-    float sum[2] = {INFINITY, INFINITY};
+    float sum[2];
     ptx::named_barrier_sync(own_turn, Shape::kConsumers);
     ptx::pin_registers(s);
-    if (u > 0) sum_stage(sum, rows, s, args.scale_log2);  // before the first stage there is no reference
+    sum_stage(sum, rows, s, args.scale_log2);
+    ptx::pin_registers(sum);
+    if (!is_last || u + 1 < num_stages) ptx::named_barrier_arrive(next_turn, Shape::kConsumers);
     if (__any_sync(0xffffffffu, !(sum[0] < kLargestSum) || !(sum[1] < kLargestSum))) {
       move_references(rows, s, args.scale_log2);
       sum_stage(sum, rows, s, args.scale_log2);
     }
-    ptx::pin_registers(sum);
-    if (!is_last || u + 1 < num_stages) ptx::named_barrier_arrive(next_turn, Shape::kConsumers);
 #pragma unroll
     for (std::int32_t h = 0; h < 2; ++h) {
       rows.sum[h] = sum[h];
@@ -385,7 +361,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
       __threadfence_block();
       *static_cast<volatile std::int32_t*>(&shared.num_marked[thread / 32]) = u + 1;
     }
-  });
+  }
 
   // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
   const float threshold = MeanKeyTile::threshold(args, num_scored);
@@ -400,7 +376,9 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   }
   ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);  // all pages are marked
   const std::int32_t num_second = num_marked_stages(marked, args.words_per_row, past_pages, lane);
-  over_stages(num_stages, num_second, [&](std::int32_t v, float(&s)[kPages / 2]) {
+#pragma unroll 1
+  for (std::int32_t v = 0; v < num_second; ++v) {
+    score_stage(num_stages + v);
     const std::int32_t* pages = &shared.stage_pages[(num_stages + v) % Shape::kStages * kPages];
     const std::int32_t low_page = pages[lane], high_page = pages[32 + lane];
     free_stage(num_stages + v);
@@ -410,7 +388,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
     };
     want(low_page, hits.low);
     want(high_page, hits.high);
-  });
+  }
   ptx::named_barrier_sync(kWordsDone, Shape::kConsumers);
   const std::int32_t num_bad_rows = shared.num_bad_rows[tile_idx];
   const std::int32_t tile_thread = thread % (32 * kTileWarps);

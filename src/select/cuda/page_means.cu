@@ -2,26 +2,17 @@
 // of 32 tokens, granules in ascending order, division by the count. A CTA per (chunk, logical page); a thread owns two
 // channels of one head, so a warp reads 128 bytes of a token.
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/convert.cuh"
+#include "src/ptx/unpack.cuh"
 #include "src/select/cuda/launch.h"
 
 namespace compact {
 namespace {
 
 constexpr std::int32_t kThreads = 256;
-
-template <ptx::MmaType kType>
-__device__ __forceinline__ float2 unpack_pair(std::uint32_t pair) {
-  if constexpr (kType == ptx::MmaType::kBf16) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-}
 
 template <ptx::MmaType kType>
 __global__ void __launch_bounds__(kThreads, 2) page_means_kernel(PageMeansArgs args) {
@@ -45,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2) page_means_kernel(PageMeansArgs a
       float2 sum{};
 #pragma unroll 8
       for (std::int32_t t = first; t < first + granule; ++t) {
-        const float2 x = unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(from + t * kv.token_stride));
+        const float2 x = ptx::unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(from + t * kv.token_stride));
         sum.x += x.x;
         sum.y += x.y;
       }

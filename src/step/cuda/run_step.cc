@@ -2,16 +2,14 @@
 #include <fmt/format.h>
 
 #include "compact/run_step_cuda.h"
+#include "src/core/refusal.h"
 
 namespace compact {
 namespace {
 
-constexpr std::int64_t kAlignment = 256;
+constexpr Refusal kRefuse{"step (cuda)"};
 
-template <class... Args>
-Status wrong(fmt::format_string<Args...> text, Args&&... args) {
-  return invalid_argument("step (cuda): " + fmt::format(text, std::forward<Args>(args)...));
-}
+constexpr std::int64_t kAlignment = 256;
 
 // Byte offsets in the workspace, which begins with the tables of the plan.
 struct RunLayout {
@@ -43,13 +41,13 @@ CudaAttentionInput attention_input(const CudaStepInput& step, const CudaStepLaye
 Status check_layer(const CudaStepInput& step, const CudaStepLayer& layer) {
   const PagedKvView& kv = layer.kv;
   if (kv.page_tokens != step.page_tokens || kv.num_kv_heads != step.num_kv_heads || kv.num_pages != step.num_pages) {
-    return wrong("the cache has {} pages of {} tokens and {} KV heads; the step {}, {}, {}", kv.num_pages,
-                 kv.page_tokens, kv.num_kv_heads, step.num_pages, step.page_tokens, step.num_kv_heads);
+    return kRefuse.wrong("the cache has {} pages of {} tokens and {} KV heads; the step {}, {}, {}", kv.num_pages,
+                         kv.page_tokens, kv.num_kv_heads, step.num_pages, step.page_tokens, step.num_kv_heads);
   }
   if (kv.dtype != layer.select.dtype || kv.head_dim != layer.select.head_dim) {
-    return wrong("the cache has dtype {} and head dimension {}; the queries {}, {}",
-                 static_cast<std::int32_t>(kv.dtype), kv.head_dim, static_cast<std::int32_t>(layer.select.dtype),
-                 layer.select.head_dim);
+    return kRefuse.wrong("the cache has dtype {} and head dimension {}; the queries {}, {}",
+                         static_cast<std::int32_t>(kv.dtype), kv.head_dim,
+                         static_cast<std::int32_t>(layer.select.dtype), layer.select.head_dim);
   }
   return {};
 }
@@ -88,9 +86,9 @@ Result<std::int64_t> run_step_cuda_bytes(const CudaStepInput& step, const CudaSt
 Status run_step_cuda(const CudaStepInput& step, const CudaStepLayer& layer, void* workspace,
                      std::int64_t workspace_bytes, void* stream) {
   CA_ASSIGN_OR_RETURN(const RunLayout layout, lay_out_run(step, layer));
-  if (workspace == nullptr) return wrong("workspace is null");
+  if (workspace == nullptr) return kRefuse.wrong("workspace is null");
   if (workspace_bytes < layout.bytes) {
-    return wrong("workspace_bytes is {}; at least {} (run_step_cuda_bytes)", workspace_bytes, layout.bytes);
+    return kRefuse.wrong("workspace_bytes is {}; at least {} (run_step_cuda_bytes)", workspace_bytes, layout.bytes);
   }
   char* base = static_cast<char*>(workspace);
   auto* mask = reinterpret_cast<std::uint64_t*>(base + layout.mask);

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "src/core/bit_words.h"
+#include "src/core/refusal.h"
 #include "src/select/cuda/limits.h"
 #include "src/select/mean_key.h"
 #include "src/unite/union_input.h"
@@ -15,18 +16,10 @@
 namespace compact {
 namespace {
 
+constexpr Refusal kRefuse{"step (cuda)"};
+
 constexpr std::int64_t kAlignment = 256;
 constexpr std::int64_t kMostEntries = std::numeric_limits<std::int32_t>::max();
-
-template <class... Args>
-Status wrong(fmt::format_string<Args...> text, Args&&... args) {
-  return invalid_argument("step (cuda): " + fmt::format(text, std::forward<Args>(args)...));
-}
-
-template <class... Args>
-Status missing(fmt::format_string<Args...> text, Args&&... args) {
-  return unsupported("step (cuda): " + fmt::format(text, std::forward<Args>(args)...));
-}
 
 // Runs of `length` tokens that B chunks of together T tokens meet at most: each chunk may cut one at both ends.
 std::int64_t most_runs(std::int64_t num_tokens, std::int64_t num_chunks, std::int64_t length) {
@@ -34,32 +27,32 @@ std::int64_t most_runs(std::int64_t num_tokens, std::int64_t num_chunks, std::in
 }
 
 Status check_numbers(const CudaStepInput& input) {
-  if (input.num_chunks < 0) return wrong("num_chunks is {}; 0 or more", input.num_chunks);
-  if (input.num_table_rows < 0) return wrong("num_table_rows is {}; 0 or more", input.num_table_rows);
-  if (input.num_q_tokens < 0) return wrong("num_q_tokens is {}; 0 or more", input.num_q_tokens);
-  if (input.num_pages < 1) return wrong("num_pages is {}; at least 1", input.num_pages);
+  if (input.num_chunks < 0) return kRefuse.wrong("num_chunks is {}; 0 or more", input.num_chunks);
+  if (input.num_table_rows < 0) return kRefuse.wrong("num_table_rows is {}; 0 or more", input.num_table_rows);
+  if (input.num_q_tokens < 0) return kRefuse.wrong("num_q_tokens is {}; 0 or more", input.num_q_tokens);
+  if (input.num_pages < 1) return kRefuse.wrong("num_pages is {}; at least 1", input.num_pages);
   if (input.page_tokens < 16 || input.page_tokens > 256 ||
       !std::has_single_bit(static_cast<std::uint32_t>(input.page_tokens))) {
-    return missing("page_tokens is {}; a power of two from 16 to 256", input.page_tokens);
+    return kRefuse.missing("page_tokens is {}; a power of two from 16 to 256", input.page_tokens);
   }
   if (input.max_context_tokens < 0 || input.max_context_tokens > kMostEntries - 2 * input.page_tokens) {
-    return wrong("max_context_tokens is {}; 0 or more, with two pages below 2^31", input.max_context_tokens);
+    return kRefuse.wrong("max_context_tokens is {}; 0 or more, with two pages below 2^31", input.max_context_tokens);
   }
   const std::int32_t most_pages = num_runs(0, input.max_context_tokens, input.page_tokens);
   if (input.page_table_stride < most_pages && input.num_table_rows > 1) {
-    return wrong("page_table_stride is {}; at least {}, the pages of max_context_tokens", input.page_table_stride,
-                 most_pages);
+    return kRefuse.wrong("page_table_stride is {}; at least {}, the pages of max_context_tokens",
+                         input.page_table_stride, most_pages);
   }
   if (words_for_bits(most_pages) > kMaxMaskWords) {
-    return missing("max_context_tokens is {}: {} pages; kernels exist for {}", input.max_context_tokens, most_pages,
-                   kMaxMaskWords * 64);
+    return kRefuse.missing("max_context_tokens is {}: {} pages; kernels exist for {}", input.max_context_tokens,
+                           most_pages, kMaxMaskWords * 64);
   }
   if (input.crosses_over && (input.crossover.min_context_tokens < 0 || input.crossover.margin_1024ths < 0)) {
-    return wrong("crossover: min_context_tokens is {}, margin_1024ths {}; 0 or more",
-                 input.crossover.min_context_tokens, input.crossover.margin_1024ths);
+    return kRefuse.wrong("crossover: min_context_tokens is {}, margin_1024ths {}; 0 or more",
+                         input.crossover.min_context_tokens, input.crossover.margin_1024ths);
   }
   if (input.options.list_dropped)
-    return missing("union options: list_dropped; lists of dropped pages are made on the CPU");
+    return kRefuse.missing("union options: list_dropped; lists of dropped pages are made on the CPU");
   return {};
 }
 
@@ -81,7 +74,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   host.options = input.options;
   CA_ASSIGN_OR_RETURN(const UnionShape heads, check_union_input(host));
   if (heads.group > kTileRows) {
-    return missing("{} query heads to a KV head; kernels exist for {} at most", heads.group, kTileRows);
+    return kRefuse.missing("{} query heads to a KV head; kernels exist for {} at most", heads.group, kTileRows);
   }
   StepLayout layout;
   StepShape& s = layout.shape;
@@ -108,8 +101,8 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   const std::int64_t max_nodes = max_unite_nodes(max_spans, s.num_chunks, s.sub_groups);
   if (entries > kMostEntries || max_nodes > kMostEntries || max_blocks * s.num_kv_heads > kMostEntries ||
       trees > kMostEntries) {
-    return wrong("{} units of up to {} pages are too many for one step; at most 2^31 list entries", max_units,
-                 s.list_capacity);
+    return kRefuse.wrong("{} units of up to {} pages are too many for one step; at most 2^31 list entries", max_units,
+                         s.list_capacity);
   }
   s.max_blocks = static_cast<std::int32_t>(max_blocks);
   s.max_pairs = static_cast<std::int32_t>(std::min(max_blocks, (max_blocks + s.num_chunks + 1) / 2));

@@ -34,9 +34,6 @@ class Cta {
     for (std::int32_t step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
-  __device__ static std::int32_t warp_count(std::int32_t x) {
-    return static_cast<std::int32_t>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(x)));
-  }
   __device__ std::int64_t sum(std::int64_t x) {
     x = warp_sum(x);
     if (lane() == 0) warp_sums_[warp()] = x;

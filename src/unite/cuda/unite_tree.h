@@ -13,7 +13,6 @@
 //   warp(), num_warps()   this warp and their number
 //   lane(), lanes()       this lane and their number
 //   warp_sum(x)           sum over the lanes, 64 bits
-//   warp_count(x)         the same of 32 bits, 0 or more
 //   sum(x)                sum over all lanes of all warps; a barrier
 //   sync()                barrier
 //   or_into(p, x)         *p |= x, +=: several warps at once
@@ -70,8 +69,7 @@ struct UniteLevel {
   std::int32_t base = 0;
 };
 
-constexpr std::int32_t kEmitWords = 4;    // whose ids are on their way at once
-constexpr std::int32_t kEmitSlices = 16;  // of a list, at most
+constexpr std::int32_t kEmitWords = 8;  // of a slice
 
 class UniteTree {
  public:
@@ -156,10 +154,9 @@ class UniteTree {
       }
     }
     const std::int32_t words = args_.shape.words_per_row;  // 0 in a step without a past: chunk pages are listed
-    const std::int32_t slice_words = words <= kEmitWords * kEmitSlices ? kEmitWords : (words - 1) / kEmitSlices + 1;
-    const std::int32_t word_slices = words <= slice_words ? 1 : (words - 1) / slice_words + 1;
+    const std::int32_t word_slices = words <= kEmitWords ? 1 : (words + kEmitWords - 1) / kEmitWords;
     for (std::int32_t i = team.warp(); i < leaves_.count * word_slices; i += team.num_warps()) {
-      listed += emit(team, i / word_slices, i % word_slices * slice_words, slice_words);
+      listed += emit(team, i / word_slices, i % word_slices);
     }
     finish(team.sum(listed), wanted, past_pages_ == 0 ? DenseReason::kFirstChunk : DenseReason::kNone);
   }
@@ -247,7 +244,7 @@ class UniteTree {
   CA_HOST_DEVICE static std::int32_t count_pages(Team& team, const std::uint64_t* words, std::int32_t num_words) {
     std::int32_t pages = 0;
     for (std::int32_t w = team.lane(); w < num_words; w += team.lanes()) pages += count_bits(words[w]);
-    return team.warp_count(pages);
+    return static_cast<std::int32_t>(team.warp_sum(pages));
   }
 
   // Node i of level `here` from its children in `below`: a child without a sibling is passed on.
@@ -259,13 +256,13 @@ class UniteTree {
     const bool has_right = right < below.count;
     const std::uint64_t* left_words = words_of(below.base + (has_left ? left : right));
     const std::uint64_t* right_words = words_of(below.base + (has_right ? right : left));
-    std::int32_t pages = 0;
+    std::int64_t pages = 0;
     for (std::int32_t w = team.lane(); w < args_.shape.words_per_row; w += team.lanes()) {
       const std::uint64_t word = left_words[w] | right_words[w];
       words_of(here.base + i)[w] = word;
       pages += count_bits(word);
     }
-    pages = team.warp_count(pages);
+    pages = team.warp_sum(pages);
     if (team.lane() != 0) return;
     UniteNode node = nodes_[below.base + (has_left ? left : right)];
     node.joined = 0;
@@ -274,7 +271,7 @@ class UniteTree {
       node.cost += other.cost;
       node.wanted += other.wanted;
       node.tokens += other.tokens;
-      node.pages = pages;
+      node.pages = static_cast<std::int32_t>(pages);
       const std::int64_t whole = cost_of(node.tokens, node.pages);
       const std::int64_t listed = std::int64_t{node.tokens} * args_.shape.heads_per_unit * pages;
       const bool inflated =
@@ -287,10 +284,10 @@ class UniteTree {
     nodes_[here.base + i] = node;
   }
 
-  // Writes the pages of `num_words` words of the list of span k, with the first of them its unit too; or leaves its
-  // place empty if the unit began before. Returns the unit's rows * past pages, in lane 0 with the first words.
+  // Writes a slice of the list of span k, the first one its unit too, or leaves its place empty if the unit began
+  // before. Returns the unit's rows * past pages, in lane 0 of the first slice.
   template <class Team>
-  CA_HOST_DEVICE std::int64_t emit(Team& team, std::int32_t k, std::int32_t first_word, std::int32_t num_words) {
+  CA_HOST_DEVICE std::int64_t emit(Team& team, std::int32_t k, std::int32_t slice) {
     const StepShape& s = args_.shape;
     std::int32_t node_idx = k, unit_level = 0;
     UniteLevel here = leaves_;
@@ -304,41 +301,34 @@ class UniteTree {
     }
     const std::int32_t first_leaf = (leaves_.first + k) >> unit_level << unit_level;
     if (first_leaf < leaves_.first ? k != 0 : first_leaf != leaves_.first + k) {
-      if (first_word == 0) leave_empty(team, k);
+      if (slice == 0) leave_empty(team, k);
       return 0;
     }
     const UniteNode node = nodes_[node_idx];
-    if (first_word == 0 && team.lane() == 0) {
+    if (slice == 0 && team.lane() == 0) {
       write_unit(k, tokens_of(leaves_.first + k, s.span_tokens).begin - chunk_.chunk_start, node.tokens, node.pages);
     }
     const std::int32_t* table = page_table();
     std::int32_t* ids = args_.lists.page_ids + list_begin(k);
     const std::uint64_t* words = words_of(node_idx);
-    std::int32_t before = count_pages(team, words, first_word);
-    for (std::int32_t w = first_word; w < first_word + num_words; w += kEmitWords) {
-      std::uint64_t word[kEmitWords];
+    const std::int32_t first_word = slice * kEmitWords;
+    const std::int32_t before = count_pages(team, words, first_word);
+    // A lane's pages of all words first: then their ids are on their way at once.
+    for (std::int32_t bit = team.lane(); bit < 64; bit += team.lanes()) {
+      std::int32_t id[kEmitWords], place[kEmitWords], at = before;
       CA_DEVICE_UNROLL
       for (std::int32_t i = 0; i < kEmitWords; ++i) {
-        word[i] = w + i < first_word + num_words && w + i < s.words_per_row ? words[w + i] : 0;
-      }
-      // A lane's pages of all these words first: then their ids are on their way at once.
-      for (std::int32_t bit = team.lane(); bit < 64; bit += team.lanes()) {
-        std::int32_t id[kEmitWords], place[kEmitWords], at = before;
-        CA_DEVICE_UNROLL
-        for (std::int32_t i = 0; i < kEmitWords; ++i) {
-          place[i] = (word[i] >> bit & 1) != 0 ? at + count_bits(word[i] & ((std::uint64_t{1} << bit) - 1)) : -1;
-          id[i] = place[i] >= 0 ? table[(w + i) * 64 + bit] : 0;
-          at += count_bits(word[i]);
-        }
-        CA_DEVICE_UNROLL
-        for (std::int32_t i = 0; i < kEmitWords; ++i) {
-          if (place[i] >= 0) ids[place[i]] = id[i];
-        }
+        const std::uint64_t word = first_word + i < s.words_per_row ? words[first_word + i] : 0;
+        place[i] = (word >> bit & 1) != 0 ? at + count_bits(word & ((std::uint64_t{1} << bit) - 1)) : -1;
+        id[i] = place[i] >= 0 ? table[(first_word + i) * 64 + bit] : 0;
+        at += count_bits(word);
       }
       CA_DEVICE_UNROLL
-      for (std::int32_t i = 0; i < kEmitWords; ++i) before += count_bits(word[i]);
+      for (std::int32_t i = 0; i < kEmitWords; ++i) {
+        if (place[i] >= 0) ids[place[i]] = id[i];
+      }
     }
-    if (first_word > 0) return 0;
+    if (slice > 0) return 0;
     for (std::int32_t j = team.lane(); j < chunk_pages_; j += team.lanes())
       ids[node.pages + j] = table[past_pages_ + j];
     return team.lane() == 0 ? std::int64_t{node.tokens} * s.heads_per_unit * node.pages : 0;

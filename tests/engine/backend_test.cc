@@ -1,0 +1,58 @@
+// Which backend computes, and who selects on it.
+#include "engine/model/backend.h"
+
+#include <gtest/gtest.h>
+
+#include "engine/cuda/cuda_model.h"
+
+namespace compact::engine {
+namespace {
+
+TEST(Backend, NamesAreResolved) {
+  EXPECT_EQ(resolve_backend("cpu").value(), Backend::kCpu);
+  const auto device = cuda_device_info();
+  const bool usable = device.ok() && device->usable;
+  EXPECT_EQ(resolve_backend("auto").value(), usable ? Backend::kCuda : Backend::kCpu);
+  const auto cuda = resolve_backend("cuda");
+  EXPECT_EQ(cuda.ok(), usable);
+  if (!usable) {
+    EXPECT_EQ(cuda.status().code(), StatusCode::kUnsupported);
+    EXPECT_NE(cuda.status().message().find("allowed here: cpu"), std::string::npos) << cuda.status().message();
+  }
+  EXPECT_EQ(resolve_backend("tpu").status().code(), StatusCode::kInvalidArgument);
+}
+
+TEST(Backend, AGpuStoresBf16Only) {
+  EXPECT_TRUE(check_backend_options(Backend::kCpu, DType::kF32).ok());
+  EXPECT_TRUE(check_backend_options(Backend::kCuda, DType::kBF16).ok());
+  EXPECT_EQ(check_backend_options(Backend::kCuda, DType::kF32).code(), StatusCode::kUnsupported);
+}
+
+// Every option that the device's rule does not know sends the selection to the CPU; none is ignored.
+TEST(Backend, TheGpuSelectsByTheDefaultRuleAlone) {
+  const auto with = [](const char* name, auto change) {
+    SparsityOptions options;
+    options.selector.name = name;
+    change(options.selector);
+    return selects_on_gpu(options);
+  };
+  const auto nothing = [](SelectorOptions&) {};
+  EXPECT_TRUE(with("dense", nothing));
+  EXPECT_TRUE(with("random", nothing));
+  EXPECT_TRUE(with("mean-key", nothing));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.share = 0.02F; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.lift = 2; }));
+  for (const char* name : {"static", "oracle", "sub-mean", "xattention", "quoka"}) EXPECT_FALSE(with(name, nothing));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.alpha = 0.1F; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.tile = TileShape::kPerHead; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.norm = ScoreNorm::kTile; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.kind = BudgetKind::kDensity; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.min_pages = 1; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.max_pages = 1; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.thresholds = {1, 1, {0.5F}}; }));
+}
+
+}  // namespace
+}  // namespace compact::engine
