@@ -31,7 +31,6 @@ struct OneThread {
   static std::int32_t lanes() { return 1; }
   static void sync() {}
   static std::int64_t warp_sum(std::int64_t x) { return x; }
-  static std::int32_t warp_count(std::int32_t x) { return x; }
   static std::int64_t sum(std::int64_t x) { return x; }
   static void report(std::int32_t* error, std::int32_t code) {
     if (*error == 0) *error = code;
