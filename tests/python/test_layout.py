@@ -4,7 +4,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ORDER = ["core", "ptx", "kv", "select", "unite", "attention", "capi"]
+ORDER = ["core", "ptx", "kv", "select", "unite", "attention", "step", "capi"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 
 
