@@ -168,6 +168,14 @@ def attention_table(figures: dict) -> str:
     return "\n".join([*lines, "", made_by(figures)])
 
 
+def attention_avx2_table(figures: dict) -> str:
+    lines = ["Kernels and OpenBLAS held to AVX2, one thread, per second of CPU time; sgemm of the same run, the largest median of three shapes.", "",
+             "| shape | GFLOP/s, median | sgemm | share |", "|---|---|---|---|"]
+    lines += [f"| {row['name']} | {row['gflops']:.0f} | {run['sgemm_gflops']:.0f} | {row['share_of_sgemm']:.0%} |"
+              for run in figures["runs"] for row in run["attention"]]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
 def step_table(figures: dict, source: str) -> str:
     lines = [f"One layer, D {figures['head_dim']}, Hq {figures['num_q_heads']}, Hkv {figures['num_kv_heads']}, C {figures['chunk']}, "
              f"{figures['dtype']}, kernel {figures['kernel']}, {figures['threads']} thread(s), {figures['clock']} time. Modes share the threshold at which "
@@ -368,6 +376,9 @@ def tables() -> None:
                      prefill_gpu_table(load("prefill_gpu_qwen3")), ""]
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
+    avx2 = load("attention_cpu_avx2")
+    if avx2:
+        recorded += ["## Attention on the CPU without AVX-512, `attention_cpu_avx2.json`", "", attention_avx2_table(avx2), ""]
     if sdpa:
         recorded += ["## Attention on a CPU with AMX beside PyTorch, `sdpa_cpu.json`", "", sdpa_table(sdpa), ""]
     step, cost, step_amx = load("step_cpu"), load("cost_model_cpu"), load("step_cpu_amx")
