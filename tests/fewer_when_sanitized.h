@@ -7,7 +7,7 @@ namespace compact::testing {
 
 constexpr std::uint32_t fewer_when_sanitized(std::uint32_t cases) {
 #ifdef COMPACT_SANITIZED
-  return (cases + 4) / 5;
+  return (cases + 7) / 8;
 #else
   return cases;
 #endif

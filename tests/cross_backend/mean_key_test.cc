@@ -54,7 +54,7 @@ std::vector<Case> cases() {
       }
     }
   }
-  // A stride of five, prime to the numbers of presets and dimensions, still meets each of them with every group.
+  // A stride of seven (1 or 7), prime to the numbers of presets and dimensions, still meets each of them with every group.
   const std::size_t stride = all.size() / testing::fewer_when_sanitized(static_cast<std::uint32_t>(all.size()));
   std::vector<Case> some;
   for (std::size_t i = 0; i < all.size(); i += stride) some.push_back(all[i]);
