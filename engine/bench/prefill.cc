@@ -38,9 +38,16 @@ PrefillFlop dense_prefill_flop(const ModelConfig& config, std::int32_t context) 
   const double hidden = config.hidden_size;
   const double q_width = 1.0 * config.num_attention_heads * config.head_dim;
   const double kv_width = 1.0 * config.num_key_value_heads * config.head_dim;
-  const double of_layer = hidden * (2 * q_width + 2 * kv_width + 3.0 * config.intermediate_size);
+  const ExpertConfig& experts = config.experts;
+  double of_token = 0;  // weights of products, all layers
+  for (std::int32_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    of_token += hidden * (2 * q_width + 2 * kv_width);
+    of_token += config.has_experts(layer)
+                    ? hidden * (experts.num_experts + 3.0 * experts.experts_per_token * experts.intermediate_size)
+                    : hidden * 3.0 * config.intermediate_size;
+  }
   const double tokens = context;
-  return {2 * (tokens * config.num_hidden_layers * of_layer + hidden * config.vocab_size),
+  return {2 * (tokens * of_token + hidden * config.vocab_size),
           4 * q_width * config.num_hidden_layers * tokens * (tokens + 1) / 2};
 }
 

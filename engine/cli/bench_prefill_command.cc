@@ -56,14 +56,20 @@ Result<std::unique_ptr<Model>> make_model(const BenchPrefillFlags& flags, Backen
 }
 
 nlohmann::json shape_json(const ModelConfig& config) {
-  return {{"architecture", architecture_name(config.architecture)},
-          {"layers", config.num_hidden_layers},
-          {"hidden", config.hidden_size},
-          {"intermediate", config.intermediate_size},
-          {"q_heads", config.num_attention_heads},
-          {"kv_heads", config.num_key_value_heads},
-          {"head_dim", config.head_dim},
-          {"vocab", config.vocab_size}};
+  nlohmann::json shape = {{"architecture", architecture_name(config.architecture)},
+                          {"layers", config.num_hidden_layers},
+                          {"hidden", config.hidden_size},
+                          {"intermediate", config.intermediate_size},
+                          {"q_heads", config.num_attention_heads},
+                          {"kv_heads", config.num_key_value_heads},
+                          {"head_dim", config.head_dim},
+                          {"vocab", config.vocab_size}};
+  if (config.experts.num_experts > 0) {
+    shape["experts"] = config.experts.num_experts;
+    shape["experts_per_token"] = config.experts.experts_per_token;
+    shape["expert_intermediate"] = config.experts.intermediate_size;
+  }
+  return shape;
 }
 
 // One row of the table; dense_seconds: of the same chunk size, 0 if not measured before.

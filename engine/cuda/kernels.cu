@@ -1,36 +1,14 @@
 // All of these are bound by memory: 16 bytes a thread and load, one pass over the data.
-#include <cuda_bf16.h>
-
 #include <algorithm>
 
 #include "engine/cuda/kernels.h"
+#include "engine/cuda/vector.cuh"
 
 namespace compact::engine {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kVector = 8;  // elements of a 16-byte load
-
-struct alignas(16) Vector {
-  __nv_bfloat162 pairs[kVector / 2];
-};
-
-__device__ __forceinline__ void widen(const Vector& v, float (&x)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = __bfloat1622float2(v.pairs[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
-}
-
-__device__ __forceinline__ Vector narrow(const float (&x)[kVector]) {
-  Vector v;
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) v.pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-  return v;
-}
 
 __global__ void embed_kernel(const std::int32_t* tokens, const Vector* table, std::int32_t row_vectors, Vector* out) {
   const std::int64_t row = blockIdx.x;
@@ -110,11 +88,6 @@ __global__ void fill_random_kernel(std::uint64_t seed, float limit, std::int64_t
 
 unsigned grid_for(std::int64_t count) {
   return static_cast<unsigned>(std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 65536));
-}
-
-template <class T>
-const Vector* vectors(const T* data) {
-  return reinterpret_cast<const Vector*>(data);
 }
 
 }  // namespace

@@ -75,6 +75,9 @@ Status CudaSequence::allocate() {
   CA_RETURN_IF_ERROR(take(attended_, rows * q_width * 2, "activations"));
   CA_RETURN_IF_ERROR(take(gate_up_, rows * c.intermediate_size * 4, "activations"));
   CA_RETURN_IF_ERROR(take(mlp_, rows * c.intermediate_size * 2, "activations"));
+  if (c.experts.num_experts > 0) {
+    CA_ASSIGN_OR_RETURN(experts_, CudaExperts::create(c, static_cast<std::int32_t>(rows)));
+  }
 
   const auto context = static_cast<std::int32_t>(
       std::min<std::int64_t>(c.max_position_embeddings, std::int64_t{o.num_pages} * o.page_tokens));
@@ -264,6 +267,10 @@ Status CudaSequence::run_layer(const Chunk& chunk, std::int32_t layer, ThreadPoo
       product(block.o, attended_, residual_, c.hidden_size, q_width, chunk.rows, Gemm::Output::kBf16Accumulate));
 
   CA_RETURN_IF_ERROR(norm(block.mlp_norm));
+  if (block.router != nullptr) {
+    return experts_.add(block, normed_.as<Bf16Bits>(), chunk.rows, residual_.as<Bf16Bits>(), model_->gemm(),
+                        gemm_workspace_.data(), stream_.get());
+  }
   CA_RETURN_IF_ERROR(product(block.gate_up, normed_, gate_up_, 2 * c.intermediate_size, c.hidden_size, chunk.rows,
                              Gemm::Output::kBf16));
   CA_RETURN_IF_ERROR(cuda_status(launch_silu_multiply(gate_up_.as<Bf16Bits>(), chunk.rows, c.intermediate_size,

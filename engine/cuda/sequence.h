@@ -14,6 +14,7 @@
 #include "compact/attention_cuda.h"
 #include "compact/step_cuda.h"
 #include "engine/cuda/device.h"
+#include "engine/cuda/experts.h"
 #include "engine/cuda/host_mirror.h"
 #include "engine/cuda/layer_log.h"
 #include "engine/cuda/random_masks.h"
@@ -106,6 +107,7 @@ class CudaSequence final : public Sequence {
   DeviceBuffer attended_;  // bf16 [C, Hq, D]
   DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
   DeviceBuffer mlp_;       // bf16 [C, intermediate]
+  CudaExperts experts_;    // of layers that have them
   DeviceBuffer logits_;    // fp32 [1 or C, vocab]
 
   // The step.

@@ -2,11 +2,13 @@
 
 #include <fmt/format.h>
 
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "compact/attention_cuda.h"
 #include "engine/cuda/cuda_model.h"
+#include "engine/cuda/expert_kernels.h"
 #include "engine/cuda/sequence.h"
 #include "engine/loader/rope_frequencies.h"
 
@@ -18,8 +20,14 @@ Status check_cuda_config(const ModelConfig& config) {
   }
   // Rows are moved in pieces of 16 bytes.
   for (const auto& [key, width] :
-       {std::pair("hidden_size", config.hidden_size), std::pair("intermediate_size", config.intermediate_size)}) {
+       {std::pair("hidden_size", config.hidden_size), std::pair("intermediate_size", config.intermediate_size),
+        std::pair("moe_intermediate_size", config.experts.intermediate_size)}) {
     if (width % 8 != 0) return unsupported(fmt::format("{} is {}\n  allowed on a GPU: a multiple of 8", key, width));
+  }
+  for (const auto& [key, number, most] :
+       {std::tuple("num_experts", config.experts.num_experts, kMaxCudaExperts),
+        std::tuple("num_experts_per_tok", config.experts.experts_per_token, kMaxCudaExpertsPerToken)}) {
+    if (number > most) return unsupported(fmt::format("{} is {}\n  allowed on a GPU: up to {}", key, number, most));
   }
   return {};
 }

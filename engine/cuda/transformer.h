@@ -1,4 +1,5 @@
-/// Llama-3.x and Qwen3 (dense) on one GPU: weights, products and what every request on it shares.
+/// Llama-3.x and Qwen3 (dense and mixture of experts) on one GPU: weights, products and what every request on it
+/// shares.
 #pragma once
 
 #include <memory>

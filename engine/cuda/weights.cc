@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "engine/loader/checkpoint.h"
 #include "engine/model/linear.h"
@@ -117,7 +118,7 @@ Status CudaWeights::lay_out(const ModelConfig& config, Matrix matrix, Vector vec
   CA_ASSIGN_OR_RETURN(embedding_, matrix("model.embed_tokens.weight", config.vocab_size, hidden));
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     CudaBlock& block = blocks_[i];
-    const auto name = [&](const char* part) { return fmt::format("model.layers.{}.{}.weight", i, part); };
+    const auto name = [&](std::string_view part) { return fmt::format("model.layers.{}.{}.weight", i, part); };
     CA_ASSIGN_OR_RETURN(block.attention_norm, vector(name("input_layernorm"), hidden));
     CA_ASSIGN_OR_RETURN(block.qkv, matrix(name("self_attn.q_proj"), q_width, hidden));
     CA_RETURN_IF_ERROR(matrix(name("self_attn.k_proj"), kv_width, hidden).status());
@@ -128,6 +129,23 @@ Status CudaWeights::lay_out(const ModelConfig& config, Matrix matrix, Vector vec
       CA_ASSIGN_OR_RETURN(block.k_norm, vector(name("self_attn.k_norm"), dim));
     }
     CA_ASSIGN_OR_RETURN(block.mlp_norm, vector(name("post_attention_layernorm"), hidden));
+    if (config.has_experts(static_cast<std::int32_t>(i))) {
+      const std::int64_t width = config.experts.intermediate_size;
+      CA_ASSIGN_OR_RETURN(block.router, matrix(name("mlp.gate"), config.experts.num_experts, hidden));
+      const auto expert = [&](std::int32_t e, const char* part) {
+        return name(fmt::format("mlp.experts.{}.{}", e, part));
+      };
+      for (std::int32_t e = 0; e < config.experts.num_experts; ++e) {
+        CA_ASSIGN_OR_RETURN(const Bf16Bits* const gate, matrix(expert(e, "gate_proj"), width, hidden));
+        CA_RETURN_IF_ERROR(matrix(expert(e, "up_proj"), width, hidden).status());
+        if (e == 0) block.gate_up = gate;
+      }
+      for (std::int32_t e = 0; e < config.experts.num_experts; ++e) {
+        CA_ASSIGN_OR_RETURN(const Bf16Bits* const down, matrix(expert(e, "down_proj"), hidden, width));
+        if (e == 0) block.down = down;
+      }
+      continue;
+    }
     CA_ASSIGN_OR_RETURN(block.gate_up, matrix(name("mlp.gate_proj"), mlp_width, hidden));
     CA_RETURN_IF_ERROR(matrix(name("mlp.up_proj"), mlp_width, hidden).status());
     CA_ASSIGN_OR_RETURN(block.down, matrix(name("mlp.down_proj"), hidden, mlp_width));

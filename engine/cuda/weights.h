@@ -20,8 +20,9 @@ struct CudaBlock {
   const float* k_norm = nullptr;          // [D] or null
   const Bf16Bits* o = nullptr;            // [hidden, Hq D]
   const float* mlp_norm = nullptr;        // [hidden]
-  const Bf16Bits* gate_up = nullptr;      // [2 intermediate, hidden]
-  const Bf16Bits* down = nullptr;         // [hidden, intermediate]
+  const Bf16Bits* router = nullptr;       // [E, hidden], or null: no experts, E = 1 below
+  const Bf16Bits* gate_up = nullptr;      // [E, 2 intermediate, hidden]
+  const Bf16Bits* down = nullptr;         // [E, hidden, intermediate]
 };
 
 class CudaWeights {

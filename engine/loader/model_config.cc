@@ -24,6 +24,7 @@ constexpr std::int32_t kMaxIntermediate = 1 << 22;
 constexpr std::int32_t kMaxLayers = 1 << 10;
 constexpr std::int32_t kMaxHeads = 1 << 12;
 constexpr std::int32_t kMaxHeadDim = 1 << 12;
+constexpr std::int32_t kMaxExperts = 1 << 12;
 constexpr std::int32_t kMaxPositions = 1 << 30;
 constexpr double kMaxTheta = 1e15;
 constexpr double kMaxFactor = 1e6;
@@ -36,6 +37,7 @@ struct KnownArchitecture {
 constexpr KnownArchitecture kKnownArchitectures[] = {
     {Architecture::kLlama, "LlamaForCausalLM"},
     {Architecture::kQwen3, "Qwen3ForCausalLM"},
+    {Architecture::kQwen3Moe, "Qwen3MoeForCausalLM"},
 };
 
 // An object of the file with the path that leads to it ("" or "rope_parameters."), so that every message can name the
@@ -100,6 +102,24 @@ class Section {
     if (!value) return static_cast<const std::string*>(nullptr);
     if (!value->is_string()) return refused(key, *value, allowed);
     return value->get_ptr<const std::string*>();
+  }
+
+  /// A list of integers in [low, high]; empty if absent.
+  [[nodiscard]] Result<std::vector<std::int32_t>> integers(const char* key, std::int32_t low, std::int32_t high) const {
+    std::vector<std::int32_t> numbers;
+    const Json* value = find(key);
+    if (!value) return numbers;
+    const std::string allowed = fmt::format("a list of integers from {} to {}", low, high);
+    if (!value->is_array() || std::ssize(*value) > std::ptrdiff_t{high} - low + 1) return refused(key, *value, allowed);
+    for (const Json& element : *value) {
+      const auto number = to_integer(element, low, high);
+      if (!number) {
+        return io_error(
+            fmt::format("{}: {} contains {}; allowed: {}", file_name_, name_of(key), shown(element), allowed));
+      }
+      numbers.push_back(*number);
+    }
+    return numbers;
   }
 
   /// One token id, or a list of them.
@@ -319,6 +339,17 @@ Status read_sizes(const Section& root, ModelConfig& config) {
   return {};
 }
 
+Result<ExpertConfig> read_experts(const Section& root, std::int32_t num_layers) {
+  ExpertConfig experts;
+  CA_ASSIGN_OR_RETURN(experts.num_experts, root.integer("num_experts", 1, kMaxExperts));
+  CA_ASSIGN_OR_RETURN(experts.experts_per_token, root.integer("num_experts_per_tok", 1, experts.num_experts));
+  CA_ASSIGN_OR_RETURN(experts.intermediate_size, root.integer("moe_intermediate_size", 1, kMaxIntermediate));
+  CA_ASSIGN_OR_RETURN(experts.normalize_weights, root.boolean("norm_topk_prob", false));
+  CA_ASSIGN_OR_RETURN(experts.every, root.integer("decoder_sparse_step", 1, kMaxLayers, 1));
+  CA_ASSIGN_OR_RETURN(experts.mlp_only_layers, root.integers("mlp_only_layers", 0, num_layers - 1));
+  return experts;
+}
+
 Result<std::optional<std::int32_t>> read_bos(const Section& root, std::int32_t vocab_size) {
   CA_ASSIGN_OR_RETURN(const std::int32_t bos, root.integer("bos_token_id", 0, vocab_size - 1, -1));
   return bos < 0 ? std::optional<std::int32_t>() : bos;
@@ -337,15 +368,24 @@ const char* architecture_name(Architecture architecture) noexcept {
   return "?";
 }
 
+bool ModelConfig::has_experts(std::int32_t layer) const noexcept {
+  const std::vector<std::int32_t>& without = experts.mlp_only_layers;
+  return experts.num_experts > 0 && (layer + 1) % experts.every == 0 &&
+         std::find(without.begin(), without.end(), layer) == without.end();
+}
+
 Result<ModelConfig> parse_model_config(std::string_view json, std::string_view file_name) {
   CA_ASSIGN_OR_RETURN(const Json object, parse_json_object(json, file_name));
   const Section root(object, file_name);
   ModelConfig config;
 
   CA_ASSIGN_OR_RETURN(config.architecture, read_architecture(root));
-  config.qk_norm = config.architecture == Architecture::kQwen3;
+  config.qk_norm = config.architecture != Architecture::kLlama;
   CA_RETURN_IF_ERROR(refuse_unimplemented(root));
   CA_RETURN_IF_ERROR(read_sizes(root, config));
+  if (config.architecture == Architecture::kQwen3Moe) {
+    CA_ASSIGN_OR_RETURN(config.experts, read_experts(root, config.num_hidden_layers));
+  }
   CA_RETURN_IF_ERROR(read_rope(root, config));
   CA_ASSIGN_OR_RETURN(config.tie_word_embeddings, root.boolean("tie_word_embeddings", false));
   CA_ASSIGN_OR_RETURN(config.dtype, read_dtype(root));

@@ -13,8 +13,9 @@
 namespace compact::engine {
 
 enum class Architecture : std::uint8_t {
-  kLlama,  // LlamaForCausalLM: Llama 2, 3, 3.1, 3.2, 3.3
-  kQwen3,  // Qwen3ForCausalLM: as Llama, with RMSNorm over each query and key head
+  kLlama,     // LlamaForCausalLM: Llama 2, 3, 3.1, 3.2, 3.3
+  kQwen3,     // Qwen3ForCausalLM: as Llama, with RMSNorm over each query and key head
+  kQwen3Moe,  // Qwen3MoeForCausalLM: as Qwen3, with a mixture of experts in place of the MLP
 };
 
 /// Name as config.json writes it, e.g. "LlamaForCausalLM". Static storage.
@@ -37,6 +38,17 @@ struct RopeScaling {
   friend bool operator==(const RopeScaling&, const RopeScaling&) = default;
 };
 
+/// A mixture of experts in place of an MLP: a router scores the experts, each token runs through the best of them.
+struct ExpertConfig {
+  std::int32_t num_experts = 0;        // E; 0: the model has none
+  std::int32_t experts_per_token = 0;  // K, at most E
+  std::int32_t intermediate_size = 0;  // of one expert
+  bool normalize_weights = false;      // the weights of a token's K experts add up to 1
+  // A layer has experts if its number, counted from 1, is a multiple of `every` and it is not among mlp_only_layers.
+  std::int32_t every = 1;
+  std::vector<std::int32_t> mlp_only_layers;  // counted from 0
+};
+
 struct ModelConfig {
   Architecture architecture = Architecture::kLlama;
   std::int32_t vocab_size = 0;
@@ -52,9 +64,13 @@ struct ModelConfig {
   RopeScaling rope_scaling;
   bool tie_word_embeddings = false;  // the output projection is the embedding table
   bool qk_norm = false;
+  ExpertConfig experts;
   std::optional<DataType> dtype;             // type the weights were saved in, if stated: F32, BF16 or F16
   std::optional<std::int32_t> bos_token_id;  // in [0, vocab_size)
   std::vector<std::int32_t> eos_token_ids;   // each ends generation; no duplicates, may be empty
+
+  /// Whether this layer has experts in place of an MLP of intermediate_size.
+  [[nodiscard]] bool has_experts(std::int32_t layer) const noexcept;
 };
 
 /// Reads the text of config.json, of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5 (rope_parameters,

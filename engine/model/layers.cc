@@ -58,7 +58,7 @@ void silu_multiply(float* gate, const float* up, std::int32_t rows, std::int32_t
   pool.parallel_for(rows, [&](std::int64_t row, std::int32_t) {
     float* g = gate + row * width;
     const float* u = up + row * width;
-    for (std::int32_t i = 0; i < width; ++i) g[i] = g[i] / (1.0F + std::exp(-g[i])) * u[i];
+    for (std::int32_t i = 0; i < width; ++i) g[i] = silu(g[i]) * u[i];
   });
 }
 

@@ -1,6 +1,7 @@
 /// The layers of a Llama-like block that are not matrix products: norms, rotation, activation. All fp32.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,8 @@ struct RopeTable {
 
 /// Rotates every head of every token in place; pairs are (d, d + D/2), as in Hugging Face checkpoints.
 void apply_rope(const RopeTable& table, MutableRows rows, ThreadPool& pool);
+
+[[nodiscard]] inline float silu(float x) { return x / (1.0F + std::exp(-x)); }
 
 /// gate[i] = silu(gate[i]) * up[i].  gate, up: [rows, width].
 void silu_multiply(float* gate, const float* up, std::int32_t rows, std::int32_t width, ThreadPool& pool);

@@ -14,6 +14,12 @@ namespace {
 // 256 rows keep OpenBLAS at its full single-thread rate at K = 256..4096 and give two cores enough tasks.
 constexpr std::int32_t kPanelRows = 256;
 
+std::int32_t num_panels(std::int32_t out_features) { return (out_features + kPanelRows - 1) / kPanelRows; }
+
+// The pool is the one source of threads: OpenBLAS would start as many again in every one of them and make sums depend
+// on their number.
+void use_blas_without_threads() { [[maybe_unused]] static const bool done = (openblas_set_num_threads(1), true); }
+
 // IEEE binary16 to binary32. Subnormals are normalised by one float multiplication.
 float half_to_float(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
@@ -50,27 +56,37 @@ void widen_to_f32(const TensorRef& tensor, std::int64_t first_element, std::int6
   }
 }
 
-void Linear::apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const {
-  // The pool is the one source of threads: OpenBLAS would start as many again in every one of them and make sums depend
-  // on their number.
-  [[maybe_unused]] static const bool single_threaded_blas = (openblas_set_num_threads(1), true);
-  const std::int32_t num_panels = (out_features_ + kPanelRows - 1) / kPanelRows;
-  std::vector<std::vector<float>> scratch(static_cast<std::size_t>(pool.num_threads()));  // [threads][kPanelRows, in]
+// Scratch holds a panel as fp32: [kPanelRows, in].
+void Linear::apply_panel(std::int32_t panel, const float* x, std::int32_t rows, float* y, bool accumulate,
+                         std::vector<float>& scratch) const {
+  const std::int32_t first = panel * kPanelRows;
+  const std::int32_t panel_rows = std::min(kPanelRows, out_features_ - first);
   const float beta = accumulate ? 1.0F : 0.0F;
-  pool.parallel_for(num_panels, [&](std::int64_t panel, std::int32_t thread) {
-    const auto first = static_cast<std::int32_t>(panel) * kPanelRows;
-    const std::int32_t panel_rows = std::min(kPanelRows, out_features_ - first);
-    std::vector<float>& weights = scratch[static_cast<std::size_t>(thread)];
-    weights.resize(static_cast<std::size_t>(kPanelRows) * static_cast<std::size_t>(in_features_));
-    widen_to_f32(weight_, std::int64_t{first} * in_features_, std::int64_t{panel_rows} * in_features_, weights.data());
-    if (rows == 1) {
-      cblas_sgemv(CblasRowMajor, CblasNoTrans, panel_rows, in_features_, 1.0F, weights.data(), in_features_, x, 1, beta,
-                  y + first, 1);
-    } else {
-      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, panel_rows, in_features_, 1.0F, x, in_features_,
-                  weights.data(), in_features_, beta, y + first, out_features_);
-    }
+  scratch.resize(static_cast<std::size_t>(kPanelRows) * static_cast<std::size_t>(in_features_));
+  widen_to_f32(weight_, std::int64_t{first} * in_features_, std::int64_t{panel_rows} * in_features_, scratch.data());
+  if (rows == 1) {
+    cblas_sgemv(CblasRowMajor, CblasNoTrans, panel_rows, in_features_, 1.0F, scratch.data(), in_features_, x, 1, beta,
+                y + first, 1);
+  } else {
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, panel_rows, in_features_, 1.0F, x, in_features_,
+                scratch.data(), in_features_, beta, y + first, out_features_);
+  }
+}
+
+void Linear::apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const {
+  use_blas_without_threads();
+  std::vector<std::vector<float>> scratch(static_cast<std::size_t>(pool.num_threads()));
+  pool.parallel_for(num_panels(out_features_), [&](std::int64_t panel, std::int32_t thread) {
+    apply_panel(static_cast<std::int32_t>(panel), x, rows, y, accumulate, scratch[static_cast<std::size_t>(thread)]);
   });
+}
+
+void Linear::apply_alone(const float* x, std::int32_t rows, float* y, bool accumulate,
+                         std::vector<float>& scratch) const {
+  use_blas_without_threads();
+  for (std::int32_t panel = 0; panel < num_panels(out_features_); ++panel) {
+    apply_panel(panel, x, rows, y, accumulate, scratch);
+  }
 }
 
 }  // namespace compact::engine

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "compact/thread_pool.h"
 #include "engine/loader/checkpoint.h"
@@ -33,12 +34,18 @@ class Linear {
   /// x: [rows, in_features], y: [rows, out_features], both without gaps. Same bits for any number of threads.
   void apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const;
 
+  /// The same bits on the calling thread alone. scratch is resized to what it takes; callers keep one per thread.
+  void apply_alone(const float* x, std::int32_t rows, float* y, bool accumulate, std::vector<float>& scratch) const;
+
   /// One row of the matrix as fp32: an embedding. out: [in_features].
   void row(std::int32_t row_idx, float* out) const {
     widen_to_f32(weight_, std::int64_t{row_idx} * in_features_, in_features_, out);
   }
 
  private:
+  void apply_panel(std::int32_t panel, const float* x, std::int32_t rows, float* y, bool accumulate,
+                   std::vector<float>& scratch) const;
+
   TensorRef weight_;
   std::int32_t out_features_ = 0;
   std::int32_t in_features_ = 0;

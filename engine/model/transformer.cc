@@ -65,6 +65,10 @@ Status Transformer::load_weights() {
       CA_ASSIGN_OR_RETURN(block.k_norm, vector("self_attn.k_norm", dim));
     }
     CA_ASSIGN_OR_RETURN(block.mlp_norm, vector("post_attention_layernorm", hidden));
+    if (config_.has_experts(static_cast<std::int32_t>(i))) {
+      CA_ASSIGN_OR_RETURN(block.experts, load_experts(prefix));
+      continue;
+    }
     CA_ASSIGN_OR_RETURN(block.gate_proj, linear("mlp.gate_proj", mlp_width, hidden));
     CA_ASSIGN_OR_RETURN(block.up_proj, linear("mlp.up_proj", mlp_width, hidden));
     CA_ASSIGN_OR_RETURN(block.down_proj, linear("mlp.down_proj", hidden, mlp_width));
@@ -76,6 +80,23 @@ Status Transformer::load_weights() {
     CA_ASSIGN_OR_RETURN(lm_head_, load_linear(checkpoint_, "lm_head.weight", config_.vocab_size, hidden));
   }
   return {};
+}
+
+Result<ExpertMlp> Transformer::load_experts(const std::string& prefix) const {
+  const std::int64_t hidden = config_.hidden_size;
+  const std::int64_t width = config_.experts.intermediate_size;
+  CA_ASSIGN_OR_RETURN(const Linear router,
+                      load_linear(checkpoint_, prefix + "mlp.gate.weight", config_.experts.num_experts, hidden));
+  std::vector<ExpertMlp::Expert> experts(static_cast<std::size_t>(config_.experts.num_experts));
+  for (std::size_t e = 0; e < experts.size(); ++e) {
+    const auto linear = [&](const char* name, std::int64_t out, std::int64_t in) {
+      return load_linear(checkpoint_, fmt::format("{}mlp.experts.{}.{}.weight", prefix, e, name), out, in);
+    };
+    CA_ASSIGN_OR_RETURN(experts[e].gate, linear("gate_proj", width, hidden));
+    CA_ASSIGN_OR_RETURN(experts[e].up, linear("up_proj", width, hidden));
+    CA_ASSIGN_OR_RETURN(experts[e].down, linear("down_proj", hidden, width));
+  }
+  return ExpertMlp(config_.experts, router, std::move(experts));
 }
 
 std::string Transformer::processor() const { return cpu_attention_target(); }
@@ -148,6 +169,10 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
     block.o_proj.apply(attended.data(), rows, residual.data(), true, pool);
 
     rms_norm(residual.data(), block.mlp_norm.data(), eps, rows, hidden, normed.data(), pool);
+    if (config_.has_experts(layer)) {
+      block.experts.add(normed.data(), rows, residual.data(), pool);
+      continue;
+    }
     block.gate_proj.apply(normed.data(), rows, gate.data(), false, pool);
     block.up_proj.apply(normed.data(), rows, up.data(), false, pool);
     silu_multiply(gate.data(), up.data(), rows, config_.intermediate_size, pool);

@@ -1,9 +1,10 @@
-/// The forward pass of Llama-3.x and Qwen3 (dense) on the CPU, in chunks over a paged KV cache.
+/// The forward pass of Llama-3.x and Qwen3 (dense and mixture of experts) on the CPU, in chunks over a paged KV cache.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "compact/paged_kv.h"
@@ -12,6 +13,7 @@
 #include "engine/loader/checkpoint.h"
 #include "engine/loader/model_config.h"
 #include "engine/model/chunk_attention.h"
+#include "engine/model/experts.h"
 #include "engine/model/linear.h"
 #include "engine/model/model.h"
 
@@ -41,16 +43,18 @@ class Transformer final : public Model {
 
  private:
   struct Block {
-    std::vector<float> attention_norm;  // [hidden]
-    Linear q_proj, k_proj, v_proj;      // [Hq D, hidden], [Hkv D, hidden], [Hkv D, hidden]
-    std::vector<float> q_norm, k_norm;  // [D]; empty without qk_norm
-    Linear o_proj;                      // [hidden, Hq D]
-    std::vector<float> mlp_norm;        // [hidden]
-    Linear gate_proj, up_proj, down_proj;
+    std::vector<float> attention_norm;     // [hidden]
+    Linear q_proj, k_proj, v_proj;         // [Hq D, hidden], [Hkv D, hidden], [Hkv D, hidden]
+    std::vector<float> q_norm, k_norm;     // [D]; empty without qk_norm
+    Linear o_proj;                         // [hidden, Hq D]
+    std::vector<float> mlp_norm;           // [hidden]
+    Linear gate_proj, up_proj, down_proj;  // of a layer without experts
+    ExpertMlp experts;                     // of a layer with experts
   };
 
   explicit Transformer(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
   [[nodiscard]] Status load_weights();
+  [[nodiscard]] Result<ExpertMlp> load_experts(const std::string& prefix) const;
 
   ModelConfig config_;
   Checkpoint checkpoint_;

@@ -64,6 +64,8 @@ CONFIG = {
     "llama_linear": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "qwen3": QWEN3,
     "qwen3_yarn": {**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "qwen3_moe": {**QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
     "quantized": {**LLAMA, "quantization_config": {"quant_method": "awq"}},
     "generation": {"bos_token_id": 1, "eos_token_id": [2, 3, 4], "temperature": 0.6},
     "index": {"metadata": {"total_size": 16}, "weight_map": {"a": "model-00001-of-00002.safetensors",

@@ -39,6 +39,17 @@ const char* const kQwen3 = R"({
   "pad_token_id": null, "rms_norm_eps": 1e-06, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
   "sliding_window": null, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936})";
 
+// Qwen3-30B-A3B as published.
+const char* const kQwen3Moe = R"({
+  "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "bos_token_id": 151643, "decoder_sparse_step": 1,
+  "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+  "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+  "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts": 128,
+  "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": false,
+  "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+  "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_sliding_window": false,
+  "vocab_size": 151936})";
+
 Result<ModelConfig> parse(const Json& json) { return parse_model_config(json.dump(), "config.json"); }
 
 // The Llama config with the members of `patch` in place of its own; null removes one.
@@ -94,6 +105,58 @@ TEST(ModelConfig, ReadsQwen3) {
   EXPECT_THAT(config->eos_token_ids, ElementsAre(151645));
 }
 
+Json moe_with(const char* patch) {
+  Json json = Json::parse(kQwen3Moe);
+  json.merge_patch(Json::parse(patch));
+  return json;
+}
+
+TEST(ModelConfig, ReadsQwen3Moe) {
+  const auto config = parse_model_config(kQwen3Moe, "config.json");
+  ASSERT_TRUE(config.ok()) << config.status().message();
+  EXPECT_EQ(config->architecture, Architecture::kQwen3Moe);
+  EXPECT_TRUE(config->qk_norm);
+  EXPECT_EQ(config->experts.num_experts, 128);
+  EXPECT_EQ(config->experts.experts_per_token, 8);
+  EXPECT_EQ(config->experts.intermediate_size, 768);
+  EXPECT_TRUE(config->experts.normalize_weights);
+  for (const std::int32_t layer : {0, 1, 47}) EXPECT_TRUE(config->has_experts(layer));
+  EXPECT_FALSE(parse_model_config(kQwen3, "config.json")->has_experts(0));
+}
+
+TEST(ModelConfig, SomeLayersOfAMixtureHaveAnMlp) {
+  const auto config = parse(moe_with(
+      R"({"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": null, "num_hidden_layers": 8})"));
+  ASSERT_TRUE(config.ok()) << config.status().message();
+  EXPECT_FALSE(config->experts.normalize_weights);
+  std::vector<std::int32_t> with;
+  for (std::int32_t layer = 0; layer < 8; ++layer) {
+    if (config->has_experts(layer)) with.push_back(layer);
+  }
+  EXPECT_THAT(with, ElementsAre(1, 5, 7));
+}
+
+TEST(ModelConfig, NamesWhatIsWrongWithExperts) {
+  const std::pair<const char*, std::vector<std::string>> cases[] = {
+      {R"({"num_experts": null})", {"num_experts is missing", "an integer from 1 to 4096"}},
+      {R"({"num_experts": 0})", {"num_experts is 0"}},
+      {R"({"num_experts_per_tok": null})", {"num_experts_per_tok is missing"}},
+      {R"({"num_experts_per_tok": 129})", {"num_experts_per_tok is 129", "from 1 to 128"}},
+      {R"({"moe_intermediate_size": "768"})", {"moe_intermediate_size is \"768\""}},
+      {R"({"norm_topk_prob": 1})", {"norm_topk_prob is 1", "true or false"}},
+      {R"({"decoder_sparse_step": 0})", {"decoder_sparse_step is 0"}},
+      {R"({"mlp_only_layers": 3})", {"mlp_only_layers is 3", "a list of integers from 0 to 47"}},
+      {R"({"mlp_only_layers": [48]})", {"mlp_only_layers contains 48"}},
+      {R"({"mlp_only_layers": [1.5]})", {"mlp_only_layers contains 1.5"}},
+  };
+  for (const auto& [patch, words] : cases) {
+    const auto config = parse(moe_with(patch));
+    ASSERT_FALSE(config.ok()) << patch;
+    EXPECT_EQ(config.status().code(), StatusCode::kIoError) << patch;
+    for (const auto& word : words) EXPECT_THAT(config.status().message(), HasSubstr(word)) << patch;
+  }
+}
+
 TEST(ModelConfig, OldAndNewWordsMeanTheSame) {
   const auto old_words = parse_model_config(kLlama31, "config.json");
   const auto new_words = parse(llama_with(R"({
@@ -146,7 +209,7 @@ struct Refusal {
 TEST(ModelConfig, NamesWhatIsNotImplemented) {
   const Refusal llama[] = {
       {R"({"architectures": ["MambaForCausalLM"]})",
-       {"unknown architecture \"MambaForCausalLM\"", "LlamaForCausalLM, Qwen3ForCausalLM"}},
+       {"unknown architecture \"MambaForCausalLM\"", "LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"}},
       {R"({"rope_scaling": {"rope_type": "dynamic"}})", {"rope_scaling.rope_type is \"dynamic\"", "\"linear\""}},
       {R"({"rope_scaling": {"rope_type": "longrope"}})", {"rope_scaling.rope_type is \"longrope\""}},
       {R"({"rope_scaling": {"rope_type": null, "type": "su"}})", {"rope_scaling.type is \"su\""}},
