@@ -341,7 +341,14 @@ Status read_sizes(const Section& root, ModelConfig& config) {
 
 Result<ExpertConfig> read_experts(const Section& root, std::int32_t num_layers) {
   ExpertConfig experts;
-  CA_ASSIGN_OR_RETURN(experts.num_experts, root.integer("num_experts", 1, kMaxExperts));
+  // transformers 5 writes "num_local_experts", 4 wrote "num_experts".
+  const bool is_new = root.find("num_experts") == nullptr && root.find("num_local_experts") != nullptr;
+  CA_ASSIGN_OR_RETURN(experts.num_experts, root.integer(is_new ? "num_local_experts" : "num_experts", 1, kMaxExperts));
+  CA_ASSIGN_OR_RETURN(const std::int32_t same, root.integer("num_local_experts", 1, kMaxExperts, experts.num_experts));
+  if (same != experts.num_experts) {
+    return io_error(fmt::format("{}: num_experts {} and num_local_experts {} contradict each other", root.file_name(),
+                                experts.num_experts, same));
+  }
   CA_ASSIGN_OR_RETURN(experts.experts_per_token, root.integer("num_experts_per_tok", 1, experts.num_experts));
   CA_ASSIGN_OR_RETURN(experts.intermediate_size, root.integer("moe_intermediate_size", 1, kMaxIntermediate));
   CA_ASSIGN_OR_RETURN(experts.normalize_weights, root.boolean("norm_topk_prob", false));

@@ -46,7 +46,7 @@ struct ExpertConfig {
   bool normalize_weights = false;      // the weights of a token's K experts add up to 1
   // A layer has experts if its number, counted from 1, is a multiple of `every` and it is not among mlp_only_layers.
   std::int32_t every = 1;
-  std::vector<std::int32_t> mlp_only_layers;  // counted from 0
+  std::vector<std::int32_t> mlp_only_layers{};  // counted from 0
 };
 
 struct ModelConfig {

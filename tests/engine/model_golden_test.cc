@@ -49,15 +49,15 @@ TEST_P(ModelGolden, LogitsEqualTransformers) {
   }
 }
 
+constexpr const char* kGoldenNames[] = {"Llama31", "Qwen3", "Qwen3Moe", "ShippedCheckpoint"};
 INSTANTIATE_TEST_SUITE_P(
     , ModelGolden,
     testing::Values(
         GoldenCase{kGoldenDir / "llama31_tiny", kGoldenDir / "llama31_tiny/logits.safetensors", {300, 128, 37, 1}},
         GoldenCase{kGoldenDir / "qwen3_tiny", kGoldenDir / "qwen3_tiny/logits.safetensors", {300, 128, 37, 1}},
+        GoldenCase{kGoldenDir / "qwen3_moe", kGoldenDir / "qwen3_moe/logits.safetensors", {300, 128, 37, 1}},
         GoldenCase{kDemoDir, kGoldenDir / "demo_logits.safetensors", {1024, 700}}),
-    [](const auto& golden) {
-      return golden.index == 0 ? "Llama31" : golden.index == 1 ? "Qwen3" : "ShippedCheckpoint";
-    });
+    [](const auto& golden) { return kGoldenNames[golden.index]; });
 
 }  // namespace
 }  // namespace compact::engine

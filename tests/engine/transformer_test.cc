@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/model/experts.h"
 #include "engine/model/layers.h"
 #include "tests/engine/tiny_model.h"
 
@@ -143,6 +144,35 @@ TEST(Transformer, BadInputIsNamed) {
   SparsityOptions indivisible = with_selector("mean-key");
   indivisible.unite.heads_per_unit = 2;  // G is 7
   EXPECT_EQ(ChunkAttention::create(indivisible, 2, 7, 1, 1.0F).status().code(), StatusCode::kInvalidArgument);
+}
+
+TEST(Transformer, LogitsOfAMixtureDoNotDependOnTheNumberOfThreads) {
+  const Transformer model = load_tiny("qwen3_moe");
+  const auto prompt = prompt_of(model, 200);
+  ThreadPool one(1);
+  ThreadPool three(3);
+  EXPECT_EQ(run_prompt(model, prompt, 96, with_selector("dense"), one, 16),
+            run_prompt(model, prompt, 96, with_selector("dense"), three, 16));
+}
+
+TEST(Experts, RoutesByHand) {
+  ThreadPool pool(1);
+  const std::vector<float> logits = {0, std::log(3.0F),
+                                     0, std::log(4.0F),  // 1, 3, 1, 4 of 9
+                                     1, 1,
+                                     1, 1};
+  const ExpertConfig all_count{.num_experts = 4, .experts_per_token = 3};
+  const ExpertRoutes plain = route_to_experts(logits.data(), 2, all_count, pool);
+  EXPECT_EQ(plain.experts, (std::vector<std::int32_t>{3, 1, 0, 0, 1, 2}));  // of equals the lower one
+  const ExpertConfig chosen_count{.num_experts = 4, .experts_per_token = 3, .normalize_weights = true};
+  const ExpertRoutes normalized = route_to_experts(logits.data(), 2, chosen_count, pool);
+  EXPECT_EQ(normalized.experts, plain.experts);
+  const float ninths[] = {4, 3, 1};
+  for (std::size_t j = 0; j < 3; ++j) {
+    EXPECT_FLOAT_EQ(plain.weights[j], ninths[j] / 9);
+    EXPECT_FLOAT_EQ(normalized.weights[j], ninths[j] / 8);
+    EXPECT_FLOAT_EQ(plain.weights[3 + j], 0.25F);
+  }
 }
 
 TEST(Layers, RmsNormByHand) {

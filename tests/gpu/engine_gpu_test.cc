@@ -129,15 +129,15 @@ TEST(EngineGpu, LogitsOfALargeShapeAreTransformersWithinBf16) {
   expect_transformers_logits({directory, std::string(directory) + "/logits.safetensors", {1024, 700}});
 }
 
+constexpr const char* kGoldenNames[] = {"Llama31", "Qwen3", "Qwen3Moe", "ShippedCheckpoint"};
 INSTANTIATE_TEST_SUITE_P(
     , EngineGpuGolden,
     testing::Values(
         GoldenCase{"tests/golden/llama31_d64", "tests/golden/llama31_d64/logits.safetensors", {300, 128, 37, 1}},
         GoldenCase{"tests/golden/qwen3_d128", "tests/golden/qwen3_d128/logits.safetensors", {300, 128, 37, 1}},
+        GoldenCase{"tests/golden/qwen3_moe", "tests/golden/qwen3_moe/logits.safetensors", {300, 128, 37, 1}},
         GoldenCase{"assets/demo", "tests/golden/demo_logits.safetensors", {1024, 700}}),
-    [](const auto& golden) {
-      return golden.index == 0 ? "Llama31" : golden.index == 1 ? "Qwen3" : "ShippedCheckpoint";
-    });
+    [](const auto& golden) { return kGoldenNames[golden.index]; });
 
 // Pages of `random` depend on no score: both backends must read the very same, and count the same.
 TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {

@@ -122,6 +122,9 @@ TEST(ModelConfig, ReadsQwen3Moe) {
   EXPECT_TRUE(config->experts.normalize_weights);
   for (const std::int32_t layer : {0, 1, 47}) EXPECT_TRUE(config->has_experts(layer));
   EXPECT_FALSE(parse_model_config(kQwen3, "config.json")->has_experts(0));
+  const auto new_words = parse(moe_with(R"({"num_experts": null, "num_local_experts": 128})"));
+  ASSERT_TRUE(new_words.ok()) << new_words.status().message();
+  EXPECT_EQ(new_words->experts.num_experts, 128);
 }
 
 TEST(ModelConfig, SomeLayersOfAMixtureHaveAnMlp) {
@@ -140,6 +143,8 @@ TEST(ModelConfig, NamesWhatIsWrongWithExperts) {
   const std::pair<const char*, std::vector<std::string>> cases[] = {
       {R"({"num_experts": null})", {"num_experts is missing", "an integer from 1 to 4096"}},
       {R"({"num_experts": 0})", {"num_experts is 0"}},
+      {R"({"num_experts": null, "num_local_experts": 5000})", {"num_local_experts is 5000", "from 1 to 4096"}},
+      {R"({"num_local_experts": 64})", {"num_experts 128 and num_local_experts 64 contradict"}},
       {R"({"num_experts_per_tok": null})", {"num_experts_per_tok is missing"}},
       {R"({"num_experts_per_tok": 129})", {"num_experts_per_tok is 129", "from 1 to 128"}},
       {R"({"moe_intermediate_size": "768"})", {"moe_intermediate_size is \"768\""}},
