@@ -151,6 +151,11 @@ Status select_mean_key_cuda(const CudaStepInput& input, const CudaMeanKeyInput& 
   CA_ASSIGN_OR_RETURN(const int major, device_major());
   CA_ASSIGN_OR_RETURN(const CudaBackend backend, select_backend(select.backend, major));
   const StepShape& s = layout.shape;
+  const std::int32_t packed = mean_key_block_tokens(TileShape::kPacked, s.group, s.page_tokens);
+  if (s.mask_heads != s.num_kv_heads || s.block_tokens != packed) {
+    return kRefuse.wrong("mean-key: the step's mask has {} heads and blocks of {} tokens; {} and {}", s.mask_heads,
+                         s.block_tokens, s.num_kv_heads, packed);
+  }
   const MeanKeyArgs args{.tables = layout.tables(workspace),
                          .page_tables = input.page_tables,
                          .page_table_stride = input.page_table_stride,
