@@ -28,6 +28,11 @@ CA_HOST_DEVICE constexpr ForcedRanges forced_ranges_at(const ForcedPages& forced
   return ranges;
 }
 
+/// ForcedRanges::contains.
+CA_HOST_DEVICE constexpr bool is_forced(const ForcedRanges& ranges, std::int32_t page) {
+  return page < ranges.sink_end || (page >= ranges.window_begin && page < ranges.window_end);
+}
+
 /// How many pages they are.
 CA_HOST_DEVICE constexpr std::int32_t num_forced(const ForcedRanges& ranges) {
   const std::int32_t window_begin = ranges.window_begin > ranges.sink_end ? ranges.window_begin : ranges.sink_end;

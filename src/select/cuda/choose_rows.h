@@ -169,7 +169,7 @@ CA_HOST_DEVICE void cut_chunk(Team& team, const ChooseArgs& args, std::int32_t b
                      ? 0
                      : static_cast<std::uint64_t>(block.tokens) * static_cast<std::uint64_t>(args.heads_per_row);
       }
-      if (weight == 0 || forced.contains(page)) continue;
+      if (weight == 0 || is_forced(forced, page)) continue;
       item(row.key(page), static_cast<std::uint32_t>(r * past_pages + page), weight);
     }
   });
@@ -193,14 +193,14 @@ CA_HOST_DEVICE PageCut cut_mass(Team& team, const ChooseArgs& args, const Chosen
   for (std::int32_t j = team.index(); j < num_pages; j += team.size()) {
     const std::uint64_t mass = fixed(row.scores[j]);
     sums[0] += mass;
-    if (forced.contains(j)) sums[1] += mass;
+    if (is_forced(forced, j)) sums[1] += mass;
   }
   team.sum(sums);
   const std::uint64_t wanted = share_of(value, sums[0] + fixed(elsewhere));
   const std::uint64_t taken = sums[1] + fixed(elsewhere);
   return find_cut(team, wanted > taken ? wanted - taken : 0, [&](auto item) {
     for (std::int32_t j = team.index(); j < num_pages; j += team.size()) {
-      if (!forced.contains(j)) item(row.key(j), static_cast<std::uint32_t>(j), fixed(row.scores[j]));
+      if (!is_forced(forced, j)) item(row.key(j), static_cast<std::uint32_t>(j), fixed(row.scores[j]));
     }
   });
 }
@@ -233,7 +233,7 @@ CA_HOST_DEVICE void choose_row(Team& team, const ChooseArgs& args, std::int32_t 
   // What the rule keeps: past pages that are not passed over, and reach the threshold or lie before the cut.
   const bool skips_forced = rule.kind == BudgetKind::kMass || rule.kind == BudgetKind::kDensity;
   const ForcedRanges forced = forced_of(args, row, past_pages);
-  const auto counts = [&](std::int32_t j) { return !skips_forced || !forced.contains(j); };
+  const auto counts = [&](std::int32_t j) { return !skips_forced || !is_forced(forced, j); };
   const auto best = [&](std::int32_t pages) {
     return find_cut(team, static_cast<std::uint64_t>(pages), [&](auto item) {
       for (std::int32_t j = team.index(); j < past_pages; j += team.size()) {
