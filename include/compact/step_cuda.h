@@ -105,6 +105,7 @@ struct CudaMeanKeyInput {
   float softmax_scale = 0;       // s, above 0
   /// Only the default rule so far: packed tiles, visible kFull, kRow norm, kMax vote, a share (and lift); alpha < 0.
   MeanKeyOptions options{};
+  const float* head_shares = nullptr;  // [Hkv] in place of options.share, on the device; or null
   /// The kernels sum in different orders: their masks may differ where a score meets its cut.
   CudaBackend backend = CudaBackend::kAuto;
 };

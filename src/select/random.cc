@@ -2,6 +2,7 @@
 // selector is worth its cost only above this line at equal density. Reference and CPU form are one.
 #include <fmt/format.h>
 
+#include "src/select/native_rules.h"
 #include "src/select/random_score.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
@@ -12,11 +13,7 @@ namespace {
 class RandomSelector final : public Selector {
  public:
   explicit RandomSelector(const SelectorOptions& options)
-      : seed_(options.random.seed), budget_(options.budget), thresholds_(options.thresholds) {
-    if (budget_.kind != BudgetKind::kNative) return;
-    budget_.kind = BudgetKind::kTopN;
-    budget_.value = options.random.share;
-  }
+      : seed_(options.random.seed), budget_(random_budget(options)), thresholds_(options.thresholds) {}
   [[nodiscard]] std::string_view name() const noexcept override { return "random"; }
   // Keys are not read; the number of KV heads is.
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.k_cache = true}; }

@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "compact/select_cuda.h"
 #include "src/unite/cuda/step_layout.h"
 #include "tests/one_thread.h"
 #include "tests/step_case.h"
@@ -313,6 +314,10 @@ TEST(StepCuda, SizesNeedABuildWithCuda) {
   EXPECT_EQ(select_mean_key_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(build_page_lists_cuda(c.input, nullptr, {}, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(page_means_cuda(c.input, {}, nullptr, nullptr, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(page_summaries_cuda(c.input, {}, {}, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(select_cuda_bytes(c.input, {}).status().code(), StatusCode::kUnsupported);
+  EXPECT_EQ(select_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr, 0, nullptr).code(),
+            StatusCode::kUnsupported);
 }
 
 }  // namespace
