@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 
 #include "src/select/quoka.h"
 #include "src/select/selector.h"
@@ -44,6 +45,7 @@ struct Scorer {
   std::function<cudaError_t(const DeviceScores&, cudaStream_t)> launch;
   std::function<ExpectedRow(const ScoreCase&, const std::vector<QueryBlock>&, std::int32_t head, std::size_t block)>
       expect;
+  std::function<void(const ScoreCase&, const std::vector<QueryBlock>&)> prepare;  // before `expect`, or null
 };
 
 const ChunkView& chunk_of(const ScoreCase& c, const QueryBlock& block) {
@@ -200,12 +202,38 @@ Scorer quoka(const QuokaOptions& options) {
   return scorer;
 }
 
+Scorer xattention(const XAttentionOptions& options) {
+  Scorer scorer;
+  scorer.block_tokens = whole_block_tokens;
+  scorer.scratch_bytes = [options](const DeviceScores& d) { return xattention_scratch_bytes(d.args, d.rows, options); };
+  scorer.launch = [options](const DeviceScores& d, cudaStream_t stream) {
+    return launch_xattention_scores(d.args, d.rows, options, stream);
+  };
+  const auto sums = std::make_shared<XAttentionSums>();
+  scorer.prepare = [options, sums](const ScoreCase& c, const std::vector<QueryBlock>& blocks) {
+    EXPECT_TRUE(xattention_sums_reference(c.select_input(), options, blocks, *sums).ok());
+  };
+  scorer.expect = [sums](const ScoreCase& c, const std::vector<QueryBlock>& blocks, std::int32_t head, std::size_t b) {
+    const std::size_t at = static_cast<std::size_t>(head) * blocks.size() + b;
+    const std::int32_t pages = (blocks[b].first_position + blocks[b].tokens - 1) / c.spec.page_tokens + 1;
+    ExpectedRow row;
+    row.nonfinite = sums->nonfinite[at];
+    for (std::int32_t j = 0; j < pages; ++j) {
+      row.scores.push_back(
+          double{sums->sums[at * static_cast<std::size_t>(sums->row_pages) + static_cast<std::size_t>(j)]});
+    }
+    return row;
+  };
+  return scorer;
+}
+
 // Differences of a result to the host's rows; empty if there are none.
 std::string difference(const Scorer& scorer, const ScoreCase& c, const DeviceScores& device,
                        const ScoreResult& result) {
   const auto is_close = [&](double got, double expected) {
     return std::abs(got - expected) <= scorer.relative * std::abs(expected) + scorer.absolute;
   };
+  if (scorer.prepare) scorer.prepare(c, device.blocks);
   for (std::int32_t head = 0; head < device.rows.mask_heads; ++head) {
     for (std::size_t b = 0; b < device.blocks.size(); ++b) {
       const ChunkView& chunk = chunk_of(c, device.blocks[b]);
@@ -328,11 +356,21 @@ TEST(ScoresGpu, QuokaEqualsTheHost) {
   }
 }
 
+TEST(ScoresGpu, XAttentionEqualsTheHost) {
+  for (std::uint64_t seed = 300; seed < 340 && !::testing::Test::HasFailure(); ++seed) {
+    const ScoreSpec spec = random_spec(seed, 2500);
+    XAttentionOptions options;
+    options.stride = Random(seed).pick({16, 16, 8, 4, 1, 64});
+    options.stride = std::min(options.stride, std::min(128, spec.page_tokens));
+    expect_scores(xattention(options), ScoreCase(spec));
+  }
+}
+
 // One bad number in a query, one in a key of the past, one in the last key of the chunk: rows that see it are counted,
 // others stay good.
 TEST(ScoresGpu, RowsWithoutFiniteScoresAreCounted) {
   for (const auto& [name, scorer] : std::initializer_list<std::pair<const char*, Scorer>>{
-           {"sub-mean", sub_mean({})}, {"oracle", oracle()}, {"quoka", quoka({})}}) {
+           {"sub-mean", sub_mean({})}, {"oracle", oracle()}, {"quoka", quoka({})}, {"xattention", xattention({})}}) {
     for (const float bad : {NAN, INFINITY}) {
       SCOPED_TRACE(fmt::format("{} {}", name, bad));
       ScoreSpec spec;
@@ -391,7 +429,7 @@ TEST(ScoresGpuTime, AtTheTargetShapes) {
   for (const Shape& shape :
        {Shape{"B1 Hq32 Hkv8 C1024 L64K", 1, 8, 65536}, Shape{"B8 Hq16 Hkv4 C1024 L128K", 8, 4, 131072}}) {
     for (const auto& [name, scorer] : std::initializer_list<std::pair<const char*, Scorer>>{
-             {"sub-mean", sub_mean({})}, {"quoka", quoka({})}, {"oracle", oracle()}}) {
+             {"sub-mean", sub_mean({})}, {"quoka", quoka({})}, {"xattention", xattention({})}, {"oracle", oracle()}}) {
       ScoreSpec spec;
       spec.num_kv_heads = shape.kv_heads;
       spec.lengths.assign(static_cast<std::size_t>(shape.batch), {shape.context - 1024, 1024});

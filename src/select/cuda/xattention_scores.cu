@@ -379,8 +379,8 @@ XAttentionArgs make_args(const ScoreArgs& args, const ScoreRows& rows, const XAt
   x.parts = static_cast<float*>(args.scratch);
   x.rows = rows;
   // Enough CTAs for four waves of two an SM, but no fewer than one column tile each.
-  const std::int32_t tiles = (rows.max_blocks + x.run_blocks - 1) / x.run_blocks * x.row_tiles *
-                             (args.num_kv_heads > 0 ? args.num_kv_heads : 1);
+  const std::int32_t runs = (rows.max_blocks + x.run_blocks - 1) / x.run_blocks;
+  const std::int32_t tiles = runs > 0 ? runs * x.row_tiles * args.num_kv_heads : 1;
   const std::int32_t most = (args.max_context_tokens >> x.stride_log2) / kColumns + 1;
   const std::int32_t wanted = (8 * args.num_sms + tiles - 1) / tiles;
   x.splits = wanted < 1 ? 1 : wanted > most ? most : wanted;
