@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
     ptx::cp_async_wait<0>();
     if (pass == 1) break;
 
-    // A row without a finite, positive sum has a NaN or +inf score, or -inf only.
+      // A row without a finite, positive sum has a NaN or +inf score, or -inf only.
 #pragma unroll
     for (std::int32_t b = 0; b < kRowBlocks; ++b) {
 #pragma unroll

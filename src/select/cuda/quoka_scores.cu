@@ -72,7 +72,7 @@ __device__ __forceinline__ double warp_sum(double x) {
 template <ptx::MmaType kType>
 __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __grid_constant__ QuokaArgs args) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto* scales = reinterpret_cast<double*>(shared_memory);                             // [G, picked]
+  auto* scales = reinterpret_cast<double*>(shared_memory);                            // [G, picked]
   auto* tokens = reinterpret_cast<std::int32_t*>(scales + args.group * args.picked);  // [G, picked]
   __shared__ double mean[256], cosines[kMaxTokens], squares[kMaxTokens];
   ptx::griddep_wait();
@@ -378,8 +378,7 @@ cudaError_t launch_quoka_scores(const ScoreArgs& args, const ScoreRows& rows, co
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(pick),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, pick_bytes);
   if (error != cudaSuccess) return error;
-  error =
-      launch_kernel(pick, rows.max_blocks * args.num_kv_heads, kPickThreads, pick_bytes, args.pdl, stream, quoka);
+  error = launch_kernel(pick, rows.max_blocks * args.num_kv_heads, kPickThreads, pick_bytes, args.pdl, stream, quoka);
   if (error != cudaSuccess) return error;
   switch (args.head_dim) {
     case 64: return launch_score<64>(quoka, args.kv.dtype, args.pdl, stream);

@@ -126,8 +126,8 @@ __device__ __forceinline__ void load_packed_queries(std::uint32_t shared, const 
   }
 }
 
-// Joins values of the eight lanes that have the same columns (l % 4): each hands half of them to its partner while there
-// are several. Lane l ends with the values joined_first(l) and on, max(1, kValues / 8) of them, in front.
+// Joins values of the eight lanes that have the same columns (l % 4): each hands half of them to its partner while
+// there are several. Lane l ends with the values joined_first(l) and on, max(1, kValues / 8) of them, in front.
 template <std::int32_t kOffset, std::int32_t kValues, class Join>
 __device__ __forceinline__ void join_lanes_from(float* values, std::int32_t lane, Join join) {
   if constexpr (kOffset >= 4) {
