@@ -17,7 +17,7 @@ constexpr std::int64_t kAlignment = 256;
 
 // A selection as it is carried out. Byte offsets in its workspace.
 struct Selection {
-  SelectorOptions options;
+  const SelectorOptions* options = nullptr;
   Twin twin = Twin::kMeanKey;
   StepLayout step;
   ChooseRule rule;
@@ -73,8 +73,8 @@ std::int64_t scratch_of(const Selection& selection, const ScoreArgs& args, const
   switch (selection.twin) {
     case Twin::kOracle: return oracle_scratch_bytes(args, rows);
     case Twin::kSubMean: return sub_mean_scratch_bytes(args, rows);
-    case Twin::kXAttention: return xattention_scratch_bytes(args, rows, selection.options.xattention);
-    case Twin::kQuoka: return quoka_scratch_bytes(args, rows, selection.options.quoka);
+    case Twin::kXAttention: return xattention_scratch_bytes(args, rows, selection.options->xattention);
+    case Twin::kQuoka: return quoka_scratch_bytes(args, rows, selection.options->quoka);
     default: return 0;
   }
 }
@@ -82,17 +82,18 @@ std::int64_t scratch_of(const Selection& selection, const ScoreArgs& args, const
 Status check_mask_shape(const Selection& selection, const CudaStepInput& input) {
   if (selection.twin == Twin::kExternal || selection.twin == Twin::kDense || selection.twin == Twin::kStatic) return {};
   CA_ASSIGN_OR_RETURN(const CudaMaskShape wanted,
-                      cuda_mask_shape(selection.options, input.num_q_heads, input.num_kv_heads, input.page_tokens));
+                      cuda_mask_shape(*selection.options, input.num_q_heads, input.num_kv_heads, input.page_tokens));
   const StepShape& s = selection.step.shape;
   if (s.mask_heads == wanted.mask_heads && s.block_tokens == wanted.block_tokens) return {};
   return kRefuse.wrong("{}: the step's mask has {} heads and blocks of {} tokens; {} and {} (cuda_mask_shape)",
-                       selection.options.name, s.mask_heads, s.block_tokens, wanted.mask_heads, wanted.block_tokens);
+                       selection.options->name, s.mask_heads, s.block_tokens, wanted.mask_heads, wanted.block_tokens);
 }
 
 Result<Selection> lay_out_selection(const CudaStepInput& input, const CudaSelectInput& select) {
+  static const SelectorOptions kDefaults;
   Selection selection;
-  if (select.options != nullptr) selection.options = *select.options;
-  const SelectorOptions& options = selection.options;
+  selection.options = select.options == nullptr ? &kDefaults : select.options;
+  const SelectorOptions& options = *selection.options;
   CA_ASSIGN_OR_RETURN(selection.twin, find_twin(options));
   CA_ASSIGN_OR_RETURN(selection.step, lay_out_step(input));
   CA_RETURN_IF_ERROR(check_mask_shape(selection, input));
@@ -162,7 +163,7 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
   if (selection.twin == Twin::kRandom) {
     return launched(launch_random_scores({.tables = tables,
                                           .rows = rows,
-                                          .seed = selection.options.random.seed,
+                                          .seed = selection.options->random.seed,
                                           .layer = select.layer,
                                           .page_tokens = input.page_tokens},
                                          pdl, stream));
@@ -183,9 +184,10 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
   args.scratch_bytes = selection.scratch_bytes;
   switch (selection.twin) {
     case Twin::kOracle: return launched(launch_oracle_scores(args, rows, stream));
-    case Twin::kSubMean: return launched(launch_sub_mean_scores(args, rows, selection.options.sub_mean, stream));
-    case Twin::kXAttention: return launched(launch_xattention_scores(args, rows, selection.options.xattention, stream));
-    case Twin::kQuoka: return launched(launch_quoka_scores(args, rows, selection.options.quoka, stream));
+    case Twin::kSubMean: return launched(launch_sub_mean_scores(args, rows, selection.options->sub_mean, stream));
+    case Twin::kXAttention:
+      return launched(launch_xattention_scores(args, rows, selection.options->xattention, stream));
+    case Twin::kQuoka: return launched(launch_quoka_scores(args, rows, selection.options->quoka, stream));
     default: return internal_error("select (cuda): no score kernel");
   }
 }
@@ -201,7 +203,7 @@ Status select_cuda(const CudaStepInput& input, const CudaSelectInput& select, st
                    std::uint64_t* nonfinite_rows, void* plan, std::int64_t plan_bytes, void* workspace,
                    std::int64_t workspace_bytes, void* stream) {
   CA_ASSIGN_OR_RETURN(Selection selection, lay_out_selection(input, select));
-  const SelectorOptions& options = selection.options;
+  const SelectorOptions& options = *selection.options;
   const bool per_head = select.head_thresholds != nullptr;
   if (!per_head && !options.thresholds.empty()) {
     return kRefuse.wrong("{}: head_thresholds is null; the layer's row of the thresholds, on the device", options.name);
