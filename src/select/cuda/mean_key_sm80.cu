@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
   if (tile.rows == 0) return;
 
   auto thread = static_cast<std::int32_t>(threadIdx.x);
-  if (args.share <= 0 || tile.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
+  if (tile.share <= 0 || tile.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
     for (std::int32_t w = thread; w < args.words_per_row; w += Shape::kThreads) {
       tile.mask_row[w] = bits_in_word(0, tile.past_pages, w);
     }
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
 
     __syncthreads();  // num_scored
     // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
-    const float threshold = MeanKeyTile::threshold(args, num_scored);
+    const float threshold = tile.threshold(args, num_scored);
 #pragma unroll
     for (std::int32_t b = 0; b < kRowBlocks; ++b) {
 #pragma unroll
