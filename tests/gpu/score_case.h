@@ -42,7 +42,8 @@ class ScoreCase {
   StepCase step;
   std::vector<std::uint16_t> q_bits, k_bits, sub_mean_bits;
   std::vector<float> q, k, norms;
-  PagedKvView kv;  // k as fp32
+  std::vector<float> gate_pool;  // [num_pages, Hkv, P/64, 3, D]  any numbers; empty below P = 64
+  PagedKvView kv;                // k as fp32
 
   /// Without values: the shapes alone, for times.
   explicit ScoreCase(const ScoreSpec& s, bool with_values = true) : spec(s) {
@@ -76,9 +77,28 @@ class ScoreCase {
         }
       }
     }
+    if (s.page_tokens >= kGateBlockTokens) {
+      const std::int64_t block_floats = 3 * d;
+      gate_pool.assign(
+          static_cast<std::size_t>(step.input.num_pages * heads * (tokens / kGateBlockTokens) * block_floats), nan);
+      for (const ChunkView& chunk : step.host_chunks) {
+        for (std::int32_t j = 0; j * kGateBlockTokens < chunk.context_tokens(); ++j) {
+          for (std::int32_t head = 0; head < s.num_kv_heads; ++head) {
+            float* pool = gate_pool.data() + gate_offset(chunk, j, head);
+            for (std::int64_t i = 0; i < block_floats; ++i) pool[i] = random.normal();
+          }
+        }
+      }
+    }
     follow_values();
   }
 
+  /// Of the pools [3, D] of the block of 64 tokens j.
+  std::int64_t gate_offset(const ChunkView& chunk, std::int32_t j, std::int32_t head) const {
+    const std::int32_t page_blocks = spec.page_tokens / kGateBlockTokens;
+    const std::int64_t page = chunk.page_table[j / page_blocks];
+    return ((page * spec.num_kv_heads + head) * page_blocks + j % page_blocks) * 3 * spec.head_dim;
+  }
   float* query(const ChunkView& chunk, std::int32_t token, std::int32_t head) {
     const std::int64_t row = std::int64_t{chunk.q_begin + token} * step.input.num_q_heads + head;
     return q.data() + row * spec.head_dim;
@@ -154,6 +174,7 @@ class ScoreCase {
     input.kv = kv;
     return input;
   }
+  bool has_values() const { return !q.empty(); }
   float softmax_scale() const { return 1.0F / std::sqrt(static_cast<float>(spec.head_dim)); }
 
  private:
@@ -188,6 +209,10 @@ class DeviceScores {
     sub_means_ = buffer_of(c.sub_mean_bits, keys / granule_tokens(c.spec.page_tokens), c.spec.dtype);
     norms_ = DeviceBuffer(c.norms.empty() ? std::vector<float>(static_cast<std::size_t>(keys / d), 11.0F) : c.norms);
     make_tables(c, block_tokens);
+    gate_pool_ = DeviceBuffer(
+        c.gate_pool.empty()
+            ? std::vector<float>(c.has_values() ? 1 : static_cast<std::size_t>(keys / kGateBlockTokens * 3), 0.5F)
+            : c.gate_pool);
     args.page_tables = tables_.as<std::int32_t>();
     args.page_table_stride = input.page_table_stride;
     args.q = q_.as<std::uint16_t>();
@@ -198,6 +223,7 @@ class DeviceScores {
     args.kv.dtype = c.spec.dtype;
     args.summaries.sub_mean_k = sub_means_.as<std::uint16_t>();
     args.summaries.norm_k = norms_.as<float>();
+    args.summaries.gate_pool = gate_pool_.as<float>();
     args.softmax_scale = c.softmax_scale();
     args.head_dim = c.spec.head_dim;
     args.num_kv_heads = c.spec.num_kv_heads;
@@ -243,8 +269,8 @@ class DeviceScores {
     return static_cast<std::size_t>(head) * static_cast<std::size_t>(rows.max_blocks) + block;
   }
   bool guards_intact() const {
-    for (const DeviceBuffer* buffer : {&tables_, &q_, &k_, &sub_means_, &norms_, &scores_, &elsewhere_, &scored_pages_,
-                                       &nonfinite_, &header_, &chunks_, &blocks_}) {
+    for (const DeviceBuffer* buffer : {&tables_, &q_, &k_, &sub_means_, &norms_, &gate_pool_, &scores_, &elsewhere_,
+                                       &scored_pages_, &nonfinite_, &header_, &chunks_, &blocks_}) {
       if (!buffer->guards_intact()) return false;
     }
     return args.scratch == nullptr || scratch_.guards_intact();
@@ -290,8 +316,8 @@ class DeviceScores {
     args.tables.blocks = blocks_.as<QueryBlock>();
   }
 
-  DeviceBuffer tables_, q_, k_, sub_means_, norms_, scores_, elsewhere_, scored_pages_, nonfinite_, scratch_, header_,
-      chunks_, blocks_;
+  DeviceBuffer tables_, q_, k_, sub_means_, norms_, gate_pool_, scores_, elsewhere_, scored_pages_, nonfinite_,
+      scratch_, header_, chunks_, blocks_;
 };
 
 }  // namespace compact::testing

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "src/select/quoka.h"
+#include "src/select/seer.h"
 #include "src/select/selector.h"
 #include "src/select/xattention.h"
 #include "tests/gpu/score_case.h"
@@ -227,6 +228,112 @@ Scorer xattention(const XAttentionOptions& options) {
   return scorer;
 }
 
+// Gates of one layer, made up, on the host and on the device. per_head: mask rows and key maps for every query head;
+// otherwise for every KV head.
+struct MadeGates {
+  GateWeights host;
+  testing::DeviceBuffer key, query, frequencies;
+  DeviceGates device;
+
+  MadeGates(const ScoreSpec& spec, bool per_head_mask, bool per_head_keys, bool has_query) {
+    const std::int32_t q_heads = spec.num_kv_heads * spec.group, dim = spec.head_dim;
+    host.num_layers = 1;
+    host.num_q_heads = q_heads;
+    host.num_kv_heads = spec.num_kv_heads;
+    host.head_dim = dim;
+    host.mask_heads = per_head_mask ? q_heads : spec.num_kv_heads;
+    host.key_heads = per_head_keys ? q_heads : spec.num_kv_heads;
+    Random random(spec.seed + 77);
+    host.key.resize(static_cast<std::size_t>(std::int64_t{host.key_heads} * 3 * dim * dim));
+    if (has_query) host.query.resize(static_cast<std::size_t>(std::int64_t{q_heads} * dim * dim));
+    for (float& x : host.key) x = random.normal() / std::sqrt(3.0F * static_cast<float>(dim));
+    for (float& x : host.query) x = random.normal() * 2.0F / std::sqrt(static_cast<float>(dim));
+    for (std::int32_t d = 0; d < dim / 2; ++d) {
+      host.inverse_frequencies.push_back(std::pow(10000.0F, -2.0F * static_cast<float>(d) / static_cast<float>(dim)));
+    }
+    key = testing::DeviceBuffer(host.key);
+    frequencies = testing::DeviceBuffer(host.inverse_frequencies);
+    if (has_query) query = testing::DeviceBuffer(host.query);
+    device = {key.as<float>(), has_query ? query.as<float>() : nullptr, frequencies.as<float>(), host.mask_heads,
+              host.key_heads};
+  }
+};
+
+// out[d] = sum over x of in[x] * map[x, d]
+std::vector<double> mapped(const std::vector<double>& in, const float* map, std::int32_t dim) {
+  std::vector<double> out(static_cast<std::size_t>(dim));
+  for (std::size_t x = 0; x < in.size(); ++x) {
+    for (std::size_t d = 0; d < out.size(); ++d) out[d] += in[x] * double{map[x * out.size() + d]};
+  }
+  return out;
+}
+
+Scorer seer(const std::shared_ptr<MadeGates>& gates) {
+  Scorer scorer;
+  scorer.heads_share_rows = gates->host.mask_heads == gates->host.num_kv_heads;
+  scorer.has_elsewhere = true;
+  scorer.block_tokens = [](const ScoreCase&) { return kGateBlockTokens; };
+  scorer.scratch_bytes = [gates](const DeviceScores& d) { return seer_scratch_bytes(d.args, d.rows, gates->device); };
+  scorer.launch = [gates](const DeviceScores& d, cudaStream_t stream) {
+    return launch_seer_scores(d.args, d.rows, gates->device, stream);
+  };
+  scorer.expect = [gates](const ScoreCase& c, const std::vector<QueryBlock>& blocks, std::int32_t head, std::size_t b) {
+    const GateWeights& weights = gates->host;
+    const QueryBlock& block = blocks[b];
+    const ChunkView& chunk = chunk_of(c, block);
+    const std::int32_t dim = c.spec.head_dim, own = block.first_position / kGateBlockTokens;
+    const std::int32_t pooled_heads = weights.num_q_heads / weights.mask_heads;
+    const GateRope rope = make_gate_rope(weights, own + 1);
+    const SelectInput input = c.select_input();
+    std::vector<double> query;
+    for (std::int32_t h = 0; h < pooled_heads; ++h) {
+      for (std::int32_t d = 0; d < dim; ++d) {
+        double sum = 0;
+        for (std::int32_t t = 0; t < block.tokens; ++t) {
+          sum += double{input.q.row(block.q_begin + t, head * pooled_heads + h)[d]};
+        }
+        query.push_back(sum / block.tokens);
+      }
+    }
+    if (!weights.query.empty()) {
+      query = mapped(
+          query, weights.query.data() + static_cast<std::size_t>(head) * query.size() * static_cast<std::size_t>(dim),
+          dim);
+    }
+    rope.rotate(own, dim, query.data());
+    const std::int32_t key_head = head * weights.key_heads / weights.mask_heads;
+    std::vector<double> scores;
+    bool is_finite = true;
+    for (std::int32_t j = 0; j <= own; ++j) {
+      const float* pools = c.gate_pool.data() + c.gate_offset(chunk, j, head * pooled_heads / c.spec.group);
+      std::vector<double> key = mapped(std::vector<double>(pools, pools + 3 * dim),
+                                       weights.key.data() + std::int64_t{key_head} * 3 * dim * dim, dim);
+      rope.rotate(j, dim, key.data());
+      double score = 0;
+      for (std::size_t d = 0; d < key.size(); ++d) score += query[d] * key[d];
+      scores.push_back(score / std::sqrt(double(dim)));
+      is_finite = is_finite && scores.back() < INFINITY;
+    }
+    ExpectedRow row;
+    const double largest = *std::max_element(scores.begin(), scores.end());
+    if (!is_finite || largest == -INFINITY) {
+      row.nonfinite = block.tokens * pooled_heads;
+      return row;
+    }
+    double total = 0;
+    for (double& score : scores) total += score = std::exp(score - largest);
+    std::vector<float> probabilities;
+    for (const double score : scores) probabilities.push_back(static_cast<float>(score / total));
+    std::vector<float> pages(static_cast<std::size_t>(chunk.num_pages(c.spec.page_tokens)));
+    const RowVerdict verdict = judge_seer(0, probabilities, c.spec.page_tokens / kGateBlockTokens,
+                                          chunk.num_past_pages(c.spec.page_tokens), pages);
+    row.scores.assign(pages.begin(), pages.begin() + chunk.num_past_pages(c.spec.page_tokens));
+    row.elsewhere = double{verdict.elsewhere};
+    return row;
+  };
+  return scorer;
+}
+
 // Differences of a result to the host's rows; empty if there are none.
 std::string difference(const Scorer& scorer, const ScoreCase& c, const DeviceScores& device,
                        const ScoreResult& result) {
@@ -366,6 +473,16 @@ TEST(ScoresGpu, XAttentionEqualsTheHost) {
   }
 }
 
+TEST(ScoresGpu, SeerEqualsTheHost) {
+  for (std::uint64_t seed = 400; seed < 430 && !::testing::Test::HasFailure(); ++seed) {
+    ScoreSpec spec = random_spec(seed, 4000);
+    spec.page_tokens = std::max(spec.page_tokens, kGateBlockTokens);
+    // A key map for every query head and no query map; a map of both; all heads of a KV head through one map.
+    const auto kind = seed % 3;
+    expect_scores(seer(std::make_shared<MadeGates>(spec, kind != 2, kind == 0, kind != 0)), ScoreCase(spec));
+  }
+}
+
 // One bad number in a query, one in a key of the past, one in the last key of the chunk: rows that see it are counted,
 // others stay good.
 TEST(ScoresGpu, RowsWithoutFiniteScoresAreCounted) {
@@ -428,11 +545,15 @@ TEST(ScoresGpuTime, AtTheTargetShapes) {
   };
   for (const Shape& shape :
        {Shape{"B1 Hq32 Hkv8 C1024 L64K", 1, 8, 65536}, Shape{"B8 Hq16 Hkv4 C1024 L128K", 8, 4, 131072}}) {
+    ScoreSpec spec;
+    spec.num_kv_heads = shape.kv_heads;
+    spec.lengths.assign(static_cast<std::size_t>(shape.batch), {shape.context - 1024, 1024});
     for (const auto& [name, scorer] : std::initializer_list<std::pair<const char*, Scorer>>{
-             {"sub-mean", sub_mean({})}, {"quoka", quoka({})}, {"xattention", xattention({})}, {"oracle", oracle()}}) {
-      ScoreSpec spec;
-      spec.num_kv_heads = shape.kv_heads;
-      spec.lengths.assign(static_cast<std::size_t>(shape.batch), {shape.context - 1024, 1024});
+             {"sub-mean", sub_mean({})},
+             {"quoka", quoka({})},
+             {"seer", seer(std::make_shared<MadeGates>(spec, true, true, false))},
+             {"xattention", xattention({})},
+             {"oracle", oracle()}}) {
       DeviceScores device = place(scorer, ScoreCase(spec, false));
       const auto [median, least, runs] = time_launches([&] { return scorer.launch(device, nullptr); });
       fmt::print("scores {} {}: {:.1f} us median of {}, {:.1f} least\n", shape.text, name, median, runs, least);
