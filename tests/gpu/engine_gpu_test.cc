@@ -172,8 +172,8 @@ TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
   }
 }
 
-// Prefill and decode give the CPU's answer about a long text, from similar lists; `sub-mean` and budgets select on the
-// CPU for both.
+// Prefill and decode give the CPU's answer about a long text, from similar lists, wherever the pages are chosen:
+// mean-key by a density has no twin and chooses on the CPU for both.
 TEST(EngineGpu, AnswersEqualTheCpus) {
   const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
   const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
@@ -183,28 +183,83 @@ TEST(EngineGpu, AnswersEqualTheCpus) {
   ASSERT_TRUE(text.ok()) << text.status().message();
   const auto prompt = make_haystack_prompt(*text, 12000, 42, cpu->tokenizer);
   ASSERT_TRUE(prompt.ok()) << prompt.status().message();
+  const ModelConfig& config = cpu->transformer->config();
   ThreadPool pool;
-  for (const std::string selector : {"dense", "mean-key", "sub-mean", "mean-key by density"}) {
+  struct Case {
+    const char* selector;
+    BudgetKind budget = BudgetKind::kNative;
+    float value = 0;
+    bool per_head = false;  // thresholds of mean-key, two of them
+    bool on_host = false;
+  };
+  for (const Case& c : {Case{"dense"}, Case{"mean-key"}, Case{"sub-mean"}, Case{"oracle"}, Case{"xattention"},
+                        Case{"sub-mean", BudgetKind::kDensity, 0.2F}, Case{"oracle", BudgetKind::kTopN, 0.2F},
+                        Case{.selector = "mean-key", .per_head = true},
+                        Case{.selector = "mean-key", .budget = BudgetKind::kDensity, .value = 0.2F, .on_host = true}}) {
+    SCOPED_TRACE(std::string(c.selector) + " budget " + std::to_string(static_cast<int>(c.budget)) +
+                 (c.per_head ? " per head" : ""));
     GenerateOptions options;
     options.max_tokens = 12;
     options.kv_dtype = DType::kBF16;
-    const bool by_density = selector == "mean-key by density";
-    options.sparsity.selector.name = by_density ? "mean-key" : selector;
-    if (by_density) options.sparsity.selector.budget = {.kind = BudgetKind::kDensity, .value = 0.2F};
+    SelectorOptions& selector = options.sparsity.selector;
+    selector.name = c.selector;
+    selector.budget = {.kind = c.budget, .value = c.value};
+    if (c.per_head) {
+      selector.thresholds = {config.num_hidden_layers, config.num_key_value_heads, {}};
+      for (std::int32_t i = 0; i < config.num_hidden_layers * config.num_key_value_heads; ++i) {
+        selector.thresholds.values.push_back(i % 2 == 0 ? 0.1F : 0.03F);
+      }
+    }
     const auto on_gpu = answer_prompt(*gpu, prompt->text, options, {}, pool);
     const auto on_cpu = answer_prompt(*cpu, prompt->text, options, {}, pool);
     ASSERT_TRUE(on_gpu.ok()) << on_gpu.status().message();
     ASSERT_TRUE(on_cpu.ok()) << on_cpu.status().message();
-    EXPECT_EQ(on_gpu->result.tokens, on_cpu->result.tokens) << selector;
-    EXPECT_NE(on_gpu->text.find(prompt->expected), std::string::npos) << selector << ": " << on_gpu->text;
+    EXPECT_EQ(on_gpu->result.tokens, on_cpu->result.tokens);
+    EXPECT_NE(on_gpu->text.find(prompt->expected), std::string::npos) << on_gpu->text;
+    // State beside K and V: none for those that keep none, wherever the pages are chosen.
+    EXPECT_EQ(on_gpu->result.summary_bytes > 0, on_cpu->result.summary_bytes > 0);
     for (std::size_t layer = 0; layer < on_gpu->result.layers.size(); ++layer) {
       const UnionStats& a = on_gpu->result.layers[layer].stats;
       const UnionStats& b = on_cpu->result.layers[layer].stats;
       EXPECT_EQ(a.visible_row_pages, b.visible_row_pages);
-      EXPECT_EQ(on_gpu->result.layers[layer].selected_on_host, by_density || selector == "sub-mean");
+      EXPECT_EQ(on_gpu->result.layers[layer].selected_on_host, c.on_host);
       EXPECT_NEAR(static_cast<double>(a.wanted_row_pages), static_cast<double>(b.wanted_row_pages),
                   0.05 * static_cast<double>(b.wanted_row_pages))
-          << selector << " layer " << layer;
+          << "layer " << layer;
+    }
+  }
+}
+
+// Selectors that need not find the answer: sums of their lists alone.
+TEST(EngineGpu, OtherSelectorsReadAsManyPagesAsOnTheCpu) {
+  const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
+  const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
+  ASSERT_TRUE(gpu.ok() && cpu.ok());
+  const auto text = read_text_file("assets/demo/haystack.txt");
+  ASSERT_TRUE(text.ok()) << text.status().message();
+  const auto prompt = make_haystack_prompt(*text, 6000, 7, cpu->tokenizer);
+  ASSERT_TRUE(prompt.ok()) << prompt.status().message();
+  ThreadPool pool;
+  for (const char* name : {"static", "quoka", "random"}) {
+    GenerateOptions options;
+    options.max_tokens = 1;
+    options.kv_dtype = DType::kBF16;
+    options.sparsity.selector.name = name;
+    options.sparsity.crossover = {.min_context_tokens = 0, .margin_1024ths = -1024};  // lists whatever they cost
+    const auto on_gpu = answer_prompt(*gpu, prompt->text, options, {}, pool);
+    const auto on_cpu = answer_prompt(*cpu, prompt->text, options, {}, pool);
+    ASSERT_TRUE(on_gpu.ok()) << on_gpu.status().message();
+    ASSERT_TRUE(on_cpu.ok()) << on_cpu.status().message();
+    for (std::size_t layer = 0; layer < on_gpu->result.layers.size(); ++layer) {
+      const UnionStats& a = on_gpu->result.layers[layer].stats;
+      const UnionStats& b = on_cpu->result.layers[layer].stats;
+      EXPECT_FALSE(on_gpu->result.layers[layer].selected_on_host) << name;
+      EXPECT_LT(a.density(), 1) << name;
+      EXPECT_EQ(a.visible_row_pages, b.visible_row_pages) << name;
+      const double wanted = static_cast<double>(b.wanted_row_pages);  // quoka's close scores may order otherwise
+      EXPECT_NEAR(static_cast<double>(a.wanted_row_pages), wanted,
+                  std::string_view(name) == "quoka" ? 0.02 * wanted : 0)
+          << name << " layer " << layer;
     }
   }
 }
