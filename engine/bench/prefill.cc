@@ -1,7 +1,9 @@
 #include "engine/bench/prefill.h"
 
 #include <algorithm>
+#include <memory>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "engine/cuda/cuda_model.h"
@@ -9,21 +11,61 @@
 
 namespace compact::engine {
 
-Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t context, const SessionOptions& options,
-                                   ThreadPool& pool) {
-  std::minstd_rand random(1);
-  std::vector<std::int32_t> tokens(static_cast<std::size_t>(std::max(0, context)));
-  for (std::int32_t& token : tokens) {
-    token = static_cast<std::int32_t>(random() % static_cast<unsigned>(model.config().vocab_size));
-  }
-  reset_cuda_memory_peak();
-  CA_ASSIGN_OR_RETURN(Session session, Session::create(model, context, 0, options));
+namespace {
+
+// One request by the session that answers run on; the CPU has nothing else.
+Result<std::vector<LayerReport>> prefill_one(const Model& model, std::span<const std::int32_t> prompt,
+                                             const SessionOptions& options, PrefillTimes& times, ThreadPool& pool) {
+  CA_ASSIGN_OR_RETURN(Session session, Session::create(model, std::ssize(prompt), 0, options));
   const Stopwatch stopwatch;
-  CA_RETURN_IF_ERROR(session.prefill(tokens, LogitsOf::kLastToken, {}, pool));
-  PrefillTimes times;
+  CA_RETURN_IF_ERROR(session.prefill(prompt, LogitsOf::kLastToken, {}, pool));
   times.ttft_seconds = stopwatch.seconds();
   times.peak_bytes = cuda_memory_use().peak_bytes;
-  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers, session.sequence().take_reports());
+  return session.sequence().take_reports();
+}
+
+Result<std::vector<LayerReport>> prefill_together(const Model& model,
+                                                  std::span<const std::vector<std::int32_t>> prompts,
+                                                  const SessionOptions& options, PrefillTimes& times,
+                                                  ThreadPool& pool) {
+  const std::size_t length = prompts.front().size();  // of every prompt
+  CA_ASSIGN_OR_RETURN(const SequenceOptions of_sequence,
+                      sequence_options(model.config(), static_cast<std::int64_t>(length), 0, options));
+  CA_ASSIGN_OR_RETURN(const std::unique_ptr<Batch> batch,
+                      model.start_batch(static_cast<std::int32_t>(prompts.size()), of_sequence));
+  std::vector<float> logits;
+  const Stopwatch stopwatch;
+  for (std::size_t begin = 0; begin < length;) {
+    const std::size_t chunk = std::min(length - begin, static_cast<std::size_t>(options.chunk_tokens));
+    const bool is_last = begin + chunk == length;
+    std::vector<std::span<const std::int32_t>> tokens;
+    for (const std::vector<std::int32_t>& prompt : prompts) tokens.push_back(std::span(prompt).subspan(begin, chunk));
+    CA_RETURN_IF_ERROR(batch->forward(tokens, is_last && options.final_chunk_dense,
+                                      is_last ? LogitsOf::kLastToken : LogitsOf::kNone, pool, logits));
+    begin += chunk;
+  }
+  times.ttft_seconds = stopwatch.seconds();
+  times.peak_bytes = cuda_memory_use().peak_bytes;
+  return batch->take_reports();
+}
+
+}  // namespace
+
+Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t requests, std::int32_t context,
+                                   const SessionOptions& options, ThreadPool& pool) {
+  std::minstd_rand random(1);
+  std::vector<std::vector<std::int32_t>> prompts(static_cast<std::size_t>(std::max(1, requests)));
+  for (std::vector<std::int32_t>& prompt : prompts) {
+    prompt.resize(static_cast<std::size_t>(std::max(0, context)));
+    for (std::int32_t& token : prompt) {
+      token = static_cast<std::int32_t>(random() % static_cast<unsigned>(model.config().vocab_size));
+    }
+  }
+  reset_cuda_memory_peak();
+  PrefillTimes times;
+  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers,
+                      prompts.size() == 1 ? prefill_one(model, prompts.front(), options, times, pool)
+                                          : prefill_together(model, prompts, options, times, pool));
   for (const LayerReport& layer : layers) {
     times.append_seconds += layer.append_seconds;
     times.select_seconds += layer.select_seconds;

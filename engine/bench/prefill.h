@@ -12,7 +12,7 @@
 namespace compact::engine {
 
 struct PrefillTimes {
-  double ttft_seconds = 0;  // first chunk in to the last token's logits out
+  double ttft_seconds = 0;  // first chunk in to the last token's logits out, of all requests
   double append_seconds = 0;
   double select_seconds = 0;
   double unite_seconds = 0;
@@ -23,12 +23,13 @@ struct PrefillTimes {
   [[nodiscard]] double attention_seconds() const noexcept { return select_seconds + unite_seconds + attend_seconds; }
 };
 
-/// Prefills `context` random token ids. Errors: those of Session.
-[[nodiscard]] Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t context,
+/// Prefills `requests` prompts of `context` random token ids each, together: every step computes a chunk of each.
+/// Errors: those of sequence_options, Model::start_batch and Batch.
+[[nodiscard]] Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t requests, std::int32_t context,
                                                  const SessionOptions& options, ThreadPool& pool);
 
-/// FLOP of a dense prefill: two for each weight of a product and token (the output projection once), four for each
-/// dimension of a visible pair of query and key.
+/// FLOP of a dense prefill of one request: two for each weight of a product and token (the output projection once),
+/// four for each dimension of a visible pair of query and key.
 struct PrefillFlop {
   double products = 0;
   double attention = 0;

@@ -27,6 +27,7 @@ struct BenchPrefillFlags {
   std::string random_config;
   std::uint64_t weight_seed = 1;
   std::vector<std::int32_t> contexts = {32768};
+  std::int32_t requests = 1;
   SelectorFlags selectors;
   GenerateFlags generate;
   std::string json;
@@ -73,15 +74,16 @@ nlohmann::json shape_json(const ModelConfig& config) {
 }
 
 // One row of the table; dense_seconds: of the same chunk size, 0 if not measured before.
-nlohmann::json report(const ModelConfig& config, std::int32_t context, const SelectorRun& run,
+nlohmann::json report(const ModelConfig& config, std::int32_t requests, std::int32_t context, const SelectorRun& run,
                       const PrefillTimes& times, double dense_seconds, double gemm_tflops) {
   const PrefillFlop flop = dense_prefill_flop(config, context);
   const bool dense = run.options.sparsity.selector.name == "dense";
-  const double tflops = (flop.products + flop.attention) / times.ttft_seconds * 1e-12;
+  const double tflops = requests * (flop.products + flop.attention) / times.ttft_seconds * 1e-12;
+  const double tokens_per_second = 1.0 * requests * context / times.ttft_seconds;
   fmt::print(
       "{:>8} {:>5}  {:<28} {:8.3f} s {:8.0f} tok/s  {:5.2f}x   attention {:8.3f} s ({:4.1f} %), select {:6.3f}   "
       "density {:.3f}  inflation {:.2f}  {:6.1f} GB",
-      context, run.options.chunk_tokens, run.label, times.ttft_seconds, context / times.ttft_seconds,
+      context, run.options.chunk_tokens, run.label, times.ttft_seconds, tokens_per_second,
       dense_seconds > 0 ? dense_seconds / times.ttft_seconds : 0.0, times.attention_seconds(),
       100 * times.attention_seconds() / times.ttft_seconds, times.select_seconds, times.stats.density(),
       times.stats.union_inflation(), static_cast<double>(times.peak_bytes) * 1e-9);
@@ -91,11 +93,12 @@ nlohmann::json report(const ModelConfig& config, std::int32_t context, const Sel
   }
   fmt::print("\n");
   std::fflush(stdout);
-  nlohmann::json json = {{"context", context},
+  nlohmann::json json = {{"requests", requests},
+                         {"context", context},
                          {"chunk", run.options.chunk_tokens},
                          {"selector", run.label},
                          {"ttft_seconds", times.ttft_seconds},
-                         {"tokens_per_second", context / times.ttft_seconds},
+                         {"tokens_per_second", tokens_per_second},
                          {"attention_seconds", times.attention_seconds()},
                          {"attention_share", times.attention_seconds() / times.ttft_seconds},
                          {"append_seconds", times.append_seconds},
@@ -127,7 +130,7 @@ Status run_bench_prefill(const BenchPrefillFlags& flags) {
   fmt::print("backend {} ({}), weights {:.2f} GB{}{}\n", backend_name(backend), model->processor(),
              static_cast<double>(model->weight_bytes()) * 1e-9, flags.random_config.empty() ? "" : " (random)",
              gemm_tflops > 0 ? fmt::format(", product of {0} x {0}: {1:.0f} TFLOP/s", kGemmSize, gemm_tflops) : "");
-  fmt::print("       L     C  selector                        TTFT\n");
+  fmt::print("B {}\n       L     C  selector                        TTFT\n", flags.requests);
   nlohmann::json figures = {{"backend", backend_name(backend)},
                             {"processor", model->processor()},
                             {"model", flags.random_config.empty() ? flags.model_directory : flags.random_config},
@@ -138,21 +141,25 @@ Status run_bench_prefill(const BenchPrefillFlags& flags) {
                             {"rows", nlohmann::json::array()}};
   for (const SelectorRun& run : selectors) {  // kernels are loaded and plans are made by the first use
     const std::int32_t few = std::min(contexts.front(), 4 * run.options.chunk_tokens);
-    CA_ASSIGN_OR_RETURN([[maybe_unused]] const PrefillTimes warm, bench_prefill(*model, few, run.options, pool));
+    CA_ASSIGN_OR_RETURN([[maybe_unused]] const PrefillTimes warm,
+                        bench_prefill(*model, flags.requests, few, run.options, pool));
   }
   for (const std::int32_t context : contexts) {
     std::map<std::int32_t, double> dense_seconds;  // by chunk size
     for (const SelectorRun& run : selectors) {
-      const Result<PrefillTimes> times = bench_prefill(*model, context, run.options, pool);
+      const Result<PrefillTimes> times = bench_prefill(*model, flags.requests, context, run.options, pool);
       if (times.status().code() == StatusCode::kOutOfMemory) {  // a figure too: as far as memory goes
         fmt::print("{:>8} {:>5}  {:<28} {}\n", context, run.options.chunk_tokens, run.label, times.status().message());
-        figures["rows"].push_back({{"context", context}, {"selector", run.label}, {"error", times.status().message()}});
+        figures["rows"].push_back({{"requests", flags.requests},
+                                   {"context", context},
+                                   {"selector", run.label},
+                                   {"error", times.status().message()}});
         continue;
       }
       CA_RETURN_IF_ERROR(times.status());
       double& dense = dense_seconds[run.options.chunk_tokens];
       if (run.options.sparsity.selector.name == "dense") dense = times->ttft_seconds;
-      figures["rows"].push_back(report(config, context, run, *times, dense, gemm_tflops));
+      figures["rows"].push_back(report(config, flags.requests, context, run, *times, dense, gemm_tflops));
     }
   }
   return flags.json.empty() ? Status() : write_text_file(flags.json, figures.dump(2) + "\n");
@@ -171,6 +178,11 @@ CommandBody add_bench_prefill_command(CLI::App& bench) {
   command->add_option("--context", flags->contexts, "L, tokens of the prompt; several, with commas")
       ->delimiter(',')
       ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  command
+      ->add_option("--requests", flags->requests,
+                   "B, prompts of that length that are prefilled together: a chunk of each in every step")
+      ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   flags->selectors.add_to(*command);
   flags->generate.add_prefill_to(*command);

@@ -21,16 +21,31 @@ UnionOptions dense_union(std::int32_t group) {
 
 }  // namespace
 
-Result<std::unique_ptr<Sequence>> CudaSequence::create(const CudaTransformer& model, const SequenceOptions& options) {
+Result<std::unique_ptr<CudaSequence>> CudaSequence::create(const CudaTransformer& model, std::int32_t num_requests,
+                                                           const SequenceOptions& options) {
   CA_RETURN_IF_ERROR(check_backend_options(Backend::kCuda, options.kv_dtype));
   if (options.num_pages < 1 || options.max_chunk_tokens < 1) {
     return invalid_argument(fmt::format("a cache of {} pages and chunks of {} tokens\n  allowed: 1 or more of both",
                                         options.num_pages, options.max_chunk_tokens));
   }
+  constexpr std::int64_t kMost = INT32_MAX / 2;
+  if (num_requests < 1 || std::int64_t{num_requests} * std::max(options.num_pages, options.max_chunk_tokens) > kMost) {
+    return invalid_argument(fmt::format(
+        "{} requests of {} pages and chunks of {} tokens\n  allowed: 1 request or more, {} pages and tokens "
+        "of a chunk in all",
+        num_requests, options.num_pages, options.max_chunk_tokens, kMost));
+  }
+  if (num_requests > 1 && (!selects_on_gpu(options.sparsity) || options.sparsity.trace_pages)) {
+    return unsupported(fmt::format("a batch of {} requests {}\n  allowed: one request", num_requests,
+                                   options.sparsity.trace_pages
+                                       ? std::string("whose pages are traced")
+                                       : fmt::format("with selector {}, which runs on the CPU with these options",
+                                                     options.sparsity.selector.name)));
+  }
   CA_ASSIGN_OR_RETURN(Stream stream, Stream::create());
-  std::unique_ptr<CudaSequence> sequence(new CudaSequence(model, options, std::move(stream)));
+  std::unique_ptr<CudaSequence> sequence(new CudaSequence(model, num_requests, options, std::move(stream)));
   CA_RETURN_IF_ERROR(sequence->allocate());
-  return std::unique_ptr<Sequence>(std::move(sequence));
+  return sequence;
 }
 
 // A buffer of at least `bytes`; what it held is lost if it has to grow.
@@ -46,7 +61,7 @@ Status CudaSequence::grow(DeviceBuffer& buffer, std::int64_t bytes, std::string_
 Status CudaSequence::allocate() {
   const ModelConfig& c = *config_;
   const SequenceOptions& o = options_;
-  const std::int64_t rows = o.max_chunk_tokens;
+  const std::int64_t rows = max_rows_;
   const std::int64_t page_elements = std::int64_t{c.num_key_value_heads} * o.page_tokens * c.head_dim;
   const std::int64_t q_width = std::int64_t{c.num_attention_heads} * c.head_dim;
   const std::int64_t kv_width = std::int64_t{c.num_key_value_heads} * c.head_dim;
@@ -65,9 +80,10 @@ Status CudaSequence::allocate() {
     CA_ASSIGN_OR_RETURN(buffer, DeviceBuffer::create(bytes, what));
     return {};
   };
-  const std::string cache = fmt::format("a KV cache of {} tokens", std::int64_t{o.num_pages} * o.page_tokens);
-  CA_RETURN_IF_ERROR(take(kv_, 2 * 2 * c.num_hidden_layers * o.num_pages * page_elements, cache));
-  const std::int64_t records = std::int64_t{c.num_hidden_layers} * o.num_pages;
+  const std::string cache = fmt::format("{} of {} tokens", num_requests_ == 1 ? "a KV cache" : "KV caches",
+                                        std::int64_t{num_pages_} * o.page_tokens);
+  const std::int64_t records = std::int64_t{c.num_hidden_layers} * num_pages_;
+  CA_RETURN_IF_ERROR(take(kv_, 2 * 2 * records * page_elements, cache));
   if (kept.mean_k) CA_RETURN_IF_ERROR(take(mean_k_, 2 * kv_width * records, "page means"));
   if (kept.sub_mean_k) {
     const std::int32_t granules = o.page_tokens / granule_tokens(o.page_tokens);
@@ -77,9 +93,9 @@ Status CudaSequence::allocate() {
     const std::int64_t page_keys = std::int64_t{c.num_key_value_heads} * o.page_tokens;
     CA_RETURN_IF_ERROR(take(norm_k_, 4 * page_keys * records, "key norms"));
   }
-  CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{o.num_pages} * 4, "page means"));
-  CA_RETURN_IF_ERROR(take(page_table_, std::int64_t{o.num_pages} * 4, "a page table"));
-  CA_RETURN_IF_ERROR(take(input_, std::int64_t{sizeof(CudaChunk)} + rows * 4, "token ids"));
+  CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{num_pages_} * 4, "page means"));
+  CA_RETURN_IF_ERROR(take(page_table_, std::int64_t{num_pages_} * 4, "a page table"));
+  CA_RETURN_IF_ERROR(take(input_, num_requests_ * std::int64_t{sizeof(CudaChunk)} + rows * 4, "token ids"));
   CA_RETURN_IF_ERROR(take(rope_, rows * c.head_dim * 4, "rotation angles"));
   CA_RETURN_IF_ERROR(take(residual_, rows * c.hidden_size * 2, "activations"));
   CA_RETURN_IF_ERROR(take(normed_, rows * c.hidden_size * 2, "activations"));
@@ -88,13 +104,13 @@ Status CudaSequence::allocate() {
   CA_RETURN_IF_ERROR(take(gate_up_, rows * c.intermediate_size * 4, "activations"));
   CA_RETURN_IF_ERROR(take(mlp_, rows * c.intermediate_size * 2, "activations"));
   if (c.experts.num_experts > 0) {
-    CA_ASSIGN_OR_RETURN(experts_, CudaExperts::create(c, static_cast<std::int32_t>(rows)));
+    CA_ASSIGN_OR_RETURN(experts_, CudaExperts::create(c, max_rows_));
   }
 
   const auto context = static_cast<std::int32_t>(
       std::min<std::int64_t>(c.max_position_embeddings, std::int64_t{o.num_pages} * o.page_tokens));
-  CA_ASSIGN_OR_RETURN(const CudaStepSizes sparse, step_cuda_sizes(step_input(o.max_chunk_tokens, context, false)));
-  CA_ASSIGN_OR_RETURN(const CudaStepSizes dense, step_cuda_sizes(step_input(o.max_chunk_tokens, context, true)));
+  CA_ASSIGN_OR_RETURN(const CudaStepSizes sparse, step_cuda_sizes(step_input(max_rows_, context, false)));
+  CA_ASSIGN_OR_RETURN(const CudaStepSizes dense, step_cuda_sizes(step_input(max_rows_, context, true)));
   const auto most = [&](auto CudaStepSizes::*field) {
     return std::max(static_cast<std::int64_t>(sparse.*field), static_cast<std::int64_t>(dense.*field));
   };
@@ -111,14 +127,14 @@ Status CudaSequence::allocate() {
   std::int64_t attention_bytes = 0;
   for (const CudaStepSizes& sizes : {sparse, dense}) {
     CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
-                        attend_cuda_workspace_bytes(attention_input(o.max_chunk_tokens, 0, device_lists(sizes)), {}));
+                        attend_cuda_workspace_bytes(attention_input(max_rows_, 0, device_lists(sizes)), {}));
     attention_bytes = std::max(attention_bytes, bytes);
   }
   CA_RETURN_IF_ERROR(take(attention_workspace_, attention_bytes, "the attention's workspace"));
   CA_ASSIGN_OR_RETURN(log_, LayerLog::create(c.num_hidden_layers, sparse.num_stats, stream_));
   if (host_selector_ == nullptr) CA_RETURN_IF_ERROR(prepare_selection(context));
 
-  std::vector<std::int32_t> pages(static_cast<std::size_t>(o.num_pages));
+  std::vector<std::int32_t> pages(static_cast<std::size_t>(num_pages_));
   std::iota(pages.begin(), pages.end(), 0);
   const auto set = [this](const DeviceBuffer& buffer, int byte) {
     return cuda_status(cudaMemsetAsync(buffer.data(), byte, static_cast<std::size_t>(buffer.bytes()), stream_.get()),
@@ -148,8 +164,8 @@ Status CudaSequence::prepare_selection(std::int32_t context) {
     CA_RETURN_IF_ERROR(
         cuda_status(cudaMemcpy(thresholds_.data(), table.values.data(), bytes, cudaMemcpyHostToDevice), "thresholds"));
   }
-  CA_ASSIGN_OR_RETURN(const std::int64_t bytes, select_cuda_bytes(step_input(options_.max_chunk_tokens, context, false),
-                                                                  select_input(options_.max_chunk_tokens, 0)));
+  CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
+                      select_cuda_bytes(step_input(max_rows_, context, false), select_input(max_rows_, 0)));
   CA_ASSIGN_OR_RETURN(select_workspace_, DeviceBuffer::create(bytes, "scores of pages"));
   return {};
 }
@@ -160,14 +176,14 @@ CudaStepInput CudaSequence::step_input(std::int32_t rows, std::int32_t context_t
           .page_tables = page_table_.as<std::int32_t>(),
           .mean_tokens = dense || kept_bytes() == 0 ? nullptr : mean_tokens_.as<std::int32_t>(),
           .page_table_stride = options_.num_pages,
-          .num_table_rows = 1,
-          .num_chunks = 1,
+          .num_table_rows = num_requests_,
+          .num_chunks = num_requests_,
           .num_q_tokens = rows,
           .max_context_tokens = context_tokens,
           .num_q_heads = c.num_attention_heads,
           .num_kv_heads = c.num_key_value_heads,
           .page_tokens = options_.page_tokens,
-          .num_pages = options_.num_pages,
+          .num_pages = num_pages_,
           .mask_heads = dense ? 0 : mask_shape_.mask_heads,
           .block_tokens = dense ? 0 : mask_shape_.block_tokens,
           .forced = options_.sparsity.forced,
@@ -178,11 +194,11 @@ PagedKvView CudaSequence::layer_view(std::int32_t layer) const noexcept {
   const ModelConfig& c = *config_;
   const std::int64_t head_stride = std::int64_t{options_.page_tokens} * c.head_dim;
   const std::int64_t page_stride = c.num_key_value_heads * head_stride;
-  auto* const k = kv_.as<Bf16Bits>() + 2 * std::int64_t{layer} * options_.num_pages * page_stride;
+  auto* const k = kv_.as<Bf16Bits>() + 2 * std::int64_t{layer} * num_pages_ * page_stride;
   return {.k = k,
-          .v = k + options_.num_pages * page_stride,
+          .v = k + num_pages_ * page_stride,
           .dtype = DType::kBF16,
-          .num_pages = options_.num_pages,
+          .num_pages = num_pages_,
           .num_kv_heads = c.num_key_value_heads,
           .page_tokens = options_.page_tokens,
           .head_dim = c.head_dim,
@@ -242,27 +258,33 @@ Status CudaSequence::product(const Bf16Bits* w, const DeviceBuffer& x, const Dev
   return model_->gemm().run(w, x.data(), y.data(), out, in, rows, output, gemm_workspace_.data(), stream_.get());
 }
 
-Status CudaSequence::forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of, ThreadPool& pool,
-                             std::vector<float>& logits) {
+Status CudaSequence::forward(std::span<const std::span<const std::int32_t>> tokens, bool dense, LogitsOf logits_of,
+                             ThreadPool& pool, std::vector<float>& logits) {
   logits.clear();
-  if (tokens.empty()) return {};
+  if (std::ssize(tokens) != num_requests_) {
+    return invalid_argument(
+        fmt::format("tokens of {} requests\n  allowed: of all {} of the batch", tokens.size(), num_requests_));
+  }
+  if (std::all_of(tokens.begin(), tokens.end(), [](const auto& of_request) { return of_request.empty(); })) return {};
   CA_ASSIGN_OR_RETURN(const Chunk chunk, begin_chunk(tokens, dense));
   const ModelConfig& c = *config_;
   CA_RETURN_IF_ERROR(cuda_status(
-      launch_embed(reinterpret_cast<const std::int32_t*>(input_.as<CudaChunk>() + 1), model_->weights().embedding(),
-                   chunk.rows, c.hidden_size, residual_.as<Bf16Bits>(), stream_.get()),
+      launch_embed(reinterpret_cast<const std::int32_t*>(input_.as<CudaChunk>() + num_requests_),
+                   model_->weights().embedding(), chunk.rows, c.hidden_size, residual_.as<Bf16Bits>(), stream_.get()),
       "embedding"));
   for (std::int32_t layer = 0; layer < c.num_hidden_layers; ++layer) {
     CA_RETURN_IF_ERROR(run_layer(chunk, layer, pool));
   }
-  length_ += chunk.rows;
-  if (logits_of == LogitsOf::kNone) return {};
-  return read_logits(chunk, logits_of == LogitsOf::kLastToken ? chunk.rows - 1 : 0, logits);
+  for (std::size_t b = 0; b < lengths_.size(); ++b) lengths_[b] += chunk.parts[b].view.chunk_tokens;
+  return logits_of == LogitsOf::kNone ? Status() : read_logits(chunk, logits_of, logits);
 }
 
-Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::int32_t> tokens, bool dense) {
-  CA_RETURN_IF_ERROR(check_chunk(*config_, tokens, length_));
-  const std::int64_t context = length_ + std::ssize(tokens);
+// Whether the tokens fit behind those of the request, and why their attention is dense, if it is.
+Result<CudaSequence::Part> CudaSequence::check_part(std::size_t request, std::span<const std::int32_t> tokens,
+                                                    bool dense) const {
+  const std::int32_t start = lengths_[request];
+  CA_RETURN_IF_ERROR(check_chunk(*config_, tokens, start));
+  const std::int64_t context = start + std::ssize(tokens);
   if (context > std::int64_t{options_.num_pages} * options_.page_tokens) {
     return out_of_memory(fmt::format("a context of {} tokens needs {} KV pages of {} tokens; the cache has {}", context,
                                      (context + options_.page_tokens - 1) / options_.page_tokens, options_.page_tokens,
@@ -272,25 +294,47 @@ Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::int32
     return invalid_argument(
         fmt::format("a chunk of {} tokens\n  allowed: up to {}", tokens.size(), options_.max_chunk_tokens));
   }
+  Part part;
+  part.view = {0, static_cast<std::int32_t>(tokens.size()), start, nullptr};
+  part.reason = crossover_before_selection(options_.sparsity.crossover, part.view, options_.page_tokens);
+  if (dense && part.reason != DenseReason::kFirstChunk) part.reason = DenseReason::kRequested;
+  if (options_.sparsity.selector.name == "dense") part.reason = DenseReason::kSelector;
+  return part;
+}
+
+Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::span<const std::int32_t>> tokens,
+                                                      bool dense) {
   Chunk chunk;
-  chunk.rows = static_cast<std::int32_t>(tokens.size());
-  chunk.start = length_;
-  const ChunkView view{0, chunk.rows, chunk.start, nullptr};
-  chunk.reason = crossover_before_selection(options_.sparsity.crossover, view, options_.page_tokens);
-  if (dense && chunk.reason != DenseReason::kFirstChunk) chunk.reason = DenseReason::kRequested;
-  if (options_.sparsity.selector.name == "dense") chunk.reason = DenseReason::kSelector;
-  chunk.step = step_input(chunk.rows, static_cast<std::int32_t>(context), chunk.reason != DenseReason::kNone);
+  chunk.dense = true;
+  std::int32_t context = 0;  // the longest
+  for (std::size_t b = 0; b < tokens.size(); ++b) {
+    CA_ASSIGN_OR_RETURN(Part part, check_part(b, tokens[b], dense));
+    part.view.q_begin = chunk.rows;
+    chunk.rows += part.view.chunk_tokens;
+    if (part.view.chunk_tokens > 0) {
+      context = std::max(context, part.view.context_tokens());
+      chunk.dense = chunk.dense && part.reason != DenseReason::kNone;
+    }
+    chunk.parts.push_back(part);
+  }
+  chunk.step = step_input(chunk.rows, context, chunk.dense);
   CA_ASSIGN_OR_RETURN(chunk.sizes, step_cuda_sizes(chunk.step));
   CA_RETURN_IF_ERROR(log_.begin_chunk(stream_));
-  if (mirrors_ && chunk.reason != DenseReason::kRequested) {
-    CA_RETURN_IF_ERROR(mirror_.begin_chunk(chunk.start, chunk.rows));
+  const Part& first = chunk.parts.front();  // the only one where a mirror is kept
+  if (mirrors_ && first.reason != DenseReason::kRequested) {
+    CA_RETURN_IF_ERROR(mirror_.begin_chunk(first.view.chunk_start, first.view.chunk_tokens));
   }
 
   // Copied by the driver before the call returns, so the host's memory is free again.
-  std::vector<std::int32_t> input(sizeof(CudaChunk) / 4 + tokens.size());
-  const CudaChunk fields{.chunk_tokens = chunk.rows, .chunk_start = chunk.start};
-  std::memcpy(input.data(), &fields, sizeof(fields));
-  std::copy(tokens.begin(), tokens.end(), input.begin() + sizeof(CudaChunk) / 4);
+  std::vector<std::int32_t> input(tokens.size() * sizeof(CudaChunk) / 4);
+  for (std::size_t b = 0; b < tokens.size(); ++b) {
+    const ChunkView& view = chunk.parts[b].view;
+    const CudaChunk fields{view.q_begin, view.chunk_tokens, view.chunk_start, static_cast<std::int32_t>(b)};
+    std::memcpy(input.data() + b * sizeof(fields) / 4, &fields, sizeof(fields));
+  }
+  for (const std::span<const std::int32_t> of_request : tokens) {
+    input.insert(input.end(), of_request.begin(), of_request.end());
+  }
   CA_RETURN_IF_ERROR(
       cuda_status(cudaMemcpyAsync(input_.data(), input.data(), input.size() * 4, cudaMemcpyHostToDevice, stream_.get()),
                   "token ids"));
@@ -359,7 +403,7 @@ Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& 
   CA_RETURN_IF_ERROR(
       append_cuda(chunk.step, append, kv, summaries.mean_k, mean_tokens_.as<std::int32_t>(), stream_.get()));
   CA_RETURN_IF_ERROR(page_summaries_cuda(chunk.step, kv, summaries, stream_.get()));
-  if (mirrors_ && chunk.reason != DenseReason::kRequested) {
+  if (mirrors_ && chunk.parts.front().reason != DenseReason::kRequested) {
     CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, q, token_stride, kv, stream_, pool));
     if (observer_) {
       CA_RETURN_IF_ERROR(observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(c), pool}));
@@ -377,6 +421,29 @@ Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& 
   return options_.sparsity.trace_pages ? trace(layer, lists) : Status();
 }
 
+// In a chunk of which parts are dense their rows of the mask get all bits, whatever was selected.
+Status CudaSequence::keep_all_pages_of_dense_parts(const Chunk& chunk) {
+  const std::int32_t block_tokens = chunk.sizes.block_tokens;
+  const std::size_t row_bytes = static_cast<std::size_t>(chunk.sizes.words_per_row) * sizeof(std::uint64_t);
+  const std::size_t head_bytes = static_cast<std::size_t>(chunk.sizes.max_blocks) * row_bytes;
+  std::int32_t block = 0;
+  for (const Part& part : chunk.parts) {
+    if (part.view.chunk_tokens == 0) continue;
+    // Edges of blocks lie at absolute multiples.
+    const std::int32_t num_blocks =
+        (part.view.context_tokens() + block_tokens - 1) / block_tokens - part.view.chunk_start / block_tokens;
+    if (part.reason != DenseReason::kNone && row_bytes > 0) {
+      CA_RETURN_IF_ERROR(
+          cuda_status(cudaMemset2DAsync(mask_.as<char>() + static_cast<std::size_t>(block) * row_bytes, head_bytes,
+                                        0xff, static_cast<std::size_t>(num_blocks) * row_bytes,
+                                        static_cast<std::size_t>(mask_shape_.mask_heads), stream_.get()),
+                      "page masks"));
+    }
+    block += num_blocks;
+  }
+  return {};
+}
+
 Status CudaSequence::unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats) {
   const CudaPageLists lists{units_.as<AttentionUnit>(), num_units_.as<std::int32_t>(), page_ids_.as<std::int32_t>(),
                             stats};
@@ -385,15 +452,18 @@ Status CudaSequence::unite(const Chunk& chunk, const DeviceBuffer& mask, UnionSt
 }
 
 Result<CudaSequence::Lists> CudaSequence::choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
-  if (chunk.reason != DenseReason::kNone) {
+  if (chunk.dense) {
     if (layer == 0) {
       CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
       CA_RETURN_IF_ERROR(unite(chunk, all_pages_, dense_stats_.as<UnionStats>()));
     }
-    const std::int64_t row_pages =
-        std::int64_t{chunk.rows} * config_->num_attention_heads * (chunk.start / options_.page_tokens);
-    const UnionStats all{row_pages, row_pages, row_pages};
-    log_.count(layer, chunk.reason, &all);
+    for (const Part& part : chunk.parts) {
+      if (part.view.chunk_tokens == 0) continue;
+      const std::int64_t row_pages = std::int64_t{part.view.chunk_tokens} * config_->num_attention_heads *
+                                     part.view.num_past_pages(options_.page_tokens);
+      const UnionStats all{row_pages, row_pages, row_pages};
+      log_.count(layer, part.reason, &all);
+    }
     return device_lists(chunk.sizes);
   }
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kSelect, stream_.get()));
@@ -401,8 +471,11 @@ Result<CudaSequence::Lists> CudaSequence::choose_pages(const Chunk& chunk, std::
   CA_RETURN_IF_ERROR(select_cuda(chunk.step, select_input(chunk.rows, layer), mask_.as<std::uint64_t>(),
                                  log_.nonfinite_rows(layer), step_workspace_.data(), step_workspace_.bytes(),
                                  select_workspace_.data(), select_workspace_.bytes(), stream_.get()));
+  CA_RETURN_IF_ERROR(keep_all_pages_of_dense_parts(chunk));
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
-  log_.count(layer, DenseReason::kNone, nullptr);
+  for (const Part& part : chunk.parts) {
+    if (part.view.chunk_tokens > 0) log_.count(layer, part.reason, nullptr);
+  }
   CA_RETURN_IF_ERROR(unite(chunk, mask_, log_.stats(layer)));
   return device_lists(chunk.sizes);
 }
@@ -433,7 +506,7 @@ Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std
   LayerReport& report = log_.report(layer);
   report.selected_on_host = true;
   report.nonfinite_rows += host_mask_.nonfinite_rows;
-  log_.count(layer, chunk.reason, &host_lists_.chunk_stats.front());
+  log_.count(layer, chunk.parts.front().reason, &host_lists_.chunk_stats.front());
 
   Lists lists;
   lists.max_units = static_cast<std::int32_t>(host_lists_.units.size());
@@ -452,15 +525,23 @@ Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std
   return lists;
 }
 
-Status CudaSequence::read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits) {
+Status CudaSequence::read_logits(const Chunk& chunk, LogitsOf logits_of, std::vector<float>& logits) {
   const ModelConfig& c = *config_;
-  const std::int32_t rows = chunk.rows - first_row;
+  std::int32_t rows = 0;
+  for (const Part& part : chunk.parts) {
+    const ChunkView& view = part.view;
+    if (view.chunk_tokens == 0) continue;
+    const std::int32_t of_part = logits_of == LogitsOf::kLastToken ? 1 : view.chunk_tokens;
+    const std::int64_t first_row = view.q_begin + view.chunk_tokens - of_part;
+    CA_RETURN_IF_ERROR(cuda_status(
+        launch_rms_norm(residual_.as<Bf16Bits>() + first_row * c.hidden_size, model_->weights().final_norm(),
+                        static_cast<float>(c.rms_norm_eps), of_part, c.hidden_size,
+                        normed_.as<Bf16Bits>() + std::int64_t{rows} * c.hidden_size, stream_.get()),
+        "norm"));
+    rows += of_part;
+  }
   const std::int64_t bytes = std::int64_t{rows} * c.vocab_size * 4;
   CA_RETURN_IF_ERROR(grow(logits_, bytes, "logits"));
-  CA_RETURN_IF_ERROR(cuda_status(launch_rms_norm(residual_.as<Bf16Bits>() + std::int64_t{first_row} * c.hidden_size,
-                                                 model_->weights().final_norm(), static_cast<float>(c.rms_norm_eps),
-                                                 rows, c.hidden_size, normed_.as<Bf16Bits>(), stream_.get()),
-                                 "norm"));
   CA_RETURN_IF_ERROR(
       product(model_->weights().lm_head(), normed_, logits_, c.vocab_size, c.hidden_size, rows, Gemm::Output::kF32));
   logits.resize(static_cast<std::size_t>(bytes) / 4);

@@ -1,4 +1,5 @@
-/// A request on one GPU: cache, activations and the forward pass of its chunks, queued on a stream of its own.
+/// A request on one GPU, or several that advance together: caches, activations and the forward pass of their chunks,
+/// queued on a stream of their own.
 ///
 /// A chunk is queued without waiting for the device: append -> [select -> lists] -> attend per layer, between products
 /// and norms. The host waits where it reads: for logits, for reports, while pages are traced for a picture, and in
@@ -23,24 +24,35 @@
 
 namespace compact::engine {
 
-class CudaSequence final : public Sequence {
+class CudaSequence final : public Sequence, public Batch {
  public:
-  [[nodiscard]] static Result<std::unique_ptr<Sequence>> create(const CudaTransformer& model,
-                                                                const SequenceOptions& options);
+  [[nodiscard]] static Result<std::unique_ptr<CudaSequence>> create(const CudaTransformer& model,
+                                                                    std::int32_t num_requests,
+                                                                    const SequenceOptions& options);
 
   [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of, ThreadPool& pool,
-                               std::vector<float>& logits) override;
+                               std::vector<float>& logits) override {
+    return forward(std::span(&tokens, 1), dense, logits_of, pool, logits);
+  }
+  [[nodiscard]] Status forward(std::span<const std::span<const std::int32_t>> tokens, bool dense, LogitsOf logits_of,
+                               ThreadPool& pool, std::vector<float>& logits) override;
   [[nodiscard]] Result<std::vector<LayerReport>> take_reports() override;
   [[nodiscard]] Status observe(AttentionObserver observer) override;
   [[nodiscard]] std::int64_t kv_bytes() const noexcept override { return kv_.bytes(); }
   [[nodiscard]] std::int64_t summary_bytes() const noexcept override;
 
  private:
+  /// A request's part of a chunk.
+  struct Part {
+    ChunkView view;  // without a page table
+    DenseReason reason = DenseReason::kNone;
+  };
+
   /// What all layers of a chunk share.
   struct Chunk {
-    std::int32_t rows = 0;   // C
-    std::int32_t start = 0;  // S
-    DenseReason reason = DenseReason::kNone;
+    std::int32_t rows = 0;    // C, of all requests
+    std::vector<Part> parts;  // [requests]; without tokens: the request rests
+    bool dense = false;       // every part with tokens is
     CudaStepInput step;
     CudaStepSizes sizes;
   };
@@ -52,8 +64,15 @@ class CudaSequence final : public Sequence {
     const std::int32_t* num_units = nullptr;  // on the device, or null: max_units
   };
 
-  CudaSequence(const CudaTransformer& model, const SequenceOptions& options, Stream stream)
-      : model_(&model), config_(&model.config()), options_(options), stream_(std::move(stream)) {}
+  CudaSequence(const CudaTransformer& model, std::int32_t num_requests, const SequenceOptions& options, Stream stream)
+      : model_(&model),
+        config_(&model.config()),
+        options_(options),
+        num_requests_(num_requests),
+        num_pages_(num_requests * options.num_pages),
+        max_rows_(num_requests * options.max_chunk_tokens),
+        stream_(std::move(stream)),
+        lengths_(static_cast<std::size_t>(num_requests), 0) {}
 
   [[nodiscard]] Status allocate();
   [[nodiscard]] Status prepare_selection(std::int32_t context);
@@ -71,13 +90,15 @@ class CudaSequence final : public Sequence {
     return {sizes.max_units, sizes.heads_per_unit, num_units_.as<std::int32_t>()};
   }
 
-  [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::int32_t> tokens, bool dense);
+  [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::span<const std::int32_t>> tokens, bool dense);
+  [[nodiscard]] Result<Part> check_part(std::size_t request, std::span<const std::int32_t> tokens, bool dense) const;
   [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Result<Lists> choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status keep_all_pages_of_dense_parts(const Chunk& chunk);
   [[nodiscard]] Status unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats);
   [[nodiscard]] Result<Lists> choose_on_host(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
-  [[nodiscard]] Status read_logits(const Chunk& chunk, std::int32_t first_row, std::vector<float>& logits);
+  [[nodiscard]] Status read_logits(const Chunk& chunk, LogitsOf logits_of, std::vector<float>& logits);
   [[nodiscard]] Status trace(std::int32_t layer, const Lists& lists);
   [[nodiscard]] Status check_device_errors();
   [[nodiscard]] Status product(const Bf16Bits* w, const DeviceBuffer& x, const DeviceBuffer& y, std::int32_t out,
@@ -86,8 +107,11 @@ class CudaSequence final : public Sequence {
   const CudaTransformer* model_;
   const ModelConfig* config_;
   SequenceOptions options_;
+  std::int32_t num_requests_;  // B
+  std::int32_t num_pages_;     // of all requests
+  std::int32_t max_rows_;      // the same
   Stream stream_;
-  std::int32_t length_ = 0;  // tokens in the cache
+  std::vector<std::int32_t> lengths_;  // [B] tokens in the cache
   LayerLog log_;
   CudaMaskShape mask_shape_;                 // of the selector, if the GPU selects
   std::unique_ptr<Selector> host_selector_;  // null: the GPU selects
@@ -97,16 +121,16 @@ class CudaSequence final : public Sequence {
   BlockMask host_mask_;  // reused from layer to layer
   PageLists host_lists_;
 
-  // The cache: logical page j of the one request is physical page j.
+  // The cache: logical page j of request b is physical page b * options_.num_pages + j.
   DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]
   DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next two empty unless the selector reads it
   DeviceBuffer sub_mean_k_;   // bf16 [layers, num_pages, Hkv, P/w, D]
   DeviceBuffer norm_k_;       // [layers, num_pages, Hkv, P]
   DeviceBuffer mean_tokens_;  // [num_pages]
-  DeviceBuffer page_table_;   // [num_pages]
+  DeviceBuffer page_table_;   // [B, options_.num_pages]
 
-  // A chunk. Rows are tokens, of max_chunk_tokens at most.
-  DeviceBuffer input_;     // CudaChunk, then token ids [C]
+  // A chunk. Rows are tokens, max_rows_ at most.
+  DeviceBuffer input_;     // CudaChunk [B], then token ids [C]
   DeviceBuffer rope_;      // [C, D/2, 2]
   DeviceBuffer residual_;  // bf16 [C, hidden]
   DeviceBuffer normed_;    // bf16 [C, hidden]
@@ -115,7 +139,7 @@ class CudaSequence final : public Sequence {
   DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
   DeviceBuffer mlp_;       // bf16 [C, intermediate]
   CudaExperts experts_;    // of layers that have them
-  DeviceBuffer logits_;    // fp32 [1 or C, vocab]
+  DeviceBuffer logits_;    // fp32 [B or C, vocab]
 
   // The step.
   DeviceBuffer errors_;      // CudaStepError, CudaAttentionError

@@ -49,7 +49,14 @@ Result<std::unique_ptr<Model>> CudaTransformer::create(const ModelConfig& config
 }
 
 Result<std::unique_ptr<Sequence>> CudaTransformer::start(const SequenceOptions& options) const {
-  return CudaSequence::create(*this, options);
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<CudaSequence> sequence, CudaSequence::create(*this, 1, options));
+  return std::unique_ptr<Sequence>(std::move(sequence));
+}
+
+Result<std::unique_ptr<Batch>> CudaTransformer::start_batch(std::int32_t num_requests,
+                                                            const SequenceOptions& options) const {
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<CudaSequence> batch, CudaSequence::create(*this, num_requests, options));
+  return std::unique_ptr<Batch>(std::move(batch));
 }
 
 namespace {

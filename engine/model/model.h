@@ -18,9 +18,9 @@ namespace compact::engine {
 enum class LogitsOf : std::int32_t { kNone, kLastToken, kAllTokens };
 
 struct SequenceOptions {
-  std::int32_t max_chunk_tokens = 1024;  // longest forward
+  std::int32_t max_chunk_tokens = 1024;  // longest forward, of each request
   std::int32_t page_tokens = 128;        // P
-  std::int32_t num_pages = 0;            // of the sequence's own cache
+  std::int32_t num_pages = 0;            // of each request's own cache
   DType kv_dtype = DType::kF32;
   SparsityOptions sparsity;  // prefill; what is asked to be dense reads every page
   SummaryFields extra;       // records of the cache that an observer reads, besides those of the selector
@@ -52,6 +52,22 @@ class Sequence {
   [[nodiscard]] virtual std::int64_t summary_bytes() const noexcept = 0;
 };
 
+/// Requests that advance together, each on a cache of its own: a step computes a chunk of every one.
+class Batch {
+ public:
+  virtual ~Batch() = default;
+
+  /// Runs the next chunk of every request: tokens[b] continue request b, none let it rest. Lengths and places may
+  /// differ; each chunk is dense or not for reasons of its own, unless all are asked to be `dense`.
+  /// logits: [requests that were given tokens, vocab_size] for kLastToken, [all tokens, vocab_size] for kAllTokens, in
+  /// the order of the requests. Errors: those of Sequence::forward, for any of them; nothing ran then.
+  [[nodiscard]] virtual Status forward(std::span<const std::span<const std::int32_t>> tokens, bool dense,
+                                       LogitsOf logits_of, ThreadPool& pool, std::vector<float>& logits) = 0;
+
+  /// What every layer did for all requests since the last call, once all of it is done.
+  [[nodiscard]] virtual Result<std::vector<LayerReport>> take_reports() = 0;
+};
+
 class Model {
  public:
   virtual ~Model() = default;
@@ -63,6 +79,10 @@ class Model {
   /// A request without tokens. The model must outlive it. Errors: kInvalidArgument, kUnsupported (options),
   /// kOutOfMemory.
   [[nodiscard]] virtual Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const = 0;
+  /// The same for several requests. Errors: also kUnsupported on the CPU, with a selector that runs there, and for
+  /// traced pages.
+  [[nodiscard]] virtual Result<std::unique_ptr<Batch>> start_batch(std::int32_t num_requests,
+                                                                   const SequenceOptions& options) const = 0;
 };
 
 /// 1 / sqrt(D).

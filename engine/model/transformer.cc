@@ -105,6 +105,11 @@ Result<std::unique_ptr<Sequence>> Transformer::start(const SequenceOptions& opti
   return CpuSequence::create(*this, options);
 }
 
+Result<std::unique_ptr<Batch>> Transformer::start_batch(std::int32_t num_requests, const SequenceOptions&) const {
+  return unsupported(fmt::format(
+      "a batch of {} requests is not on the cpu backend yet\n  allowed: one request, or --backend cuda", num_requests));
+}
+
 Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
                             PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
                             std::vector<float>& logits) const {

@@ -31,6 +31,8 @@ class Transformer final : public Model {
   [[nodiscard]] Backend backend() const noexcept override { return Backend::kCpu; }
   [[nodiscard]] std::string processor() const override;
   [[nodiscard]] Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const override;
+  [[nodiscard]] Result<std::unique_ptr<Batch>> start_batch(std::int32_t num_requests,
+                                                           const SequenceOptions& options) const override;
   [[nodiscard]] float softmax_scale() const noexcept { return engine::softmax_scale(config_); }
 
   /// Runs the next chunk of a request through every layer. `tokens` continue the request: the cache is extended by

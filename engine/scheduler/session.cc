@@ -33,9 +33,9 @@ Status check_request(const ModelConfig& config, std::int64_t prompt_tokens, cons
 
 }  // namespace
 
-Result<Session> Session::create(const Model& model, std::int64_t prompt_tokens, std::int64_t decode_tokens,
-                                const SessionOptions& options, SummaryFields extra) {
-  const ModelConfig& config = model.config();
+Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t prompt_tokens,
+                                         std::int64_t decode_tokens, const SessionOptions& options,
+                                         SummaryFields extra) {
   CA_RETURN_IF_ERROR(check_request(config, prompt_tokens, options));
   const std::int64_t positions = std::min<std::int64_t>(prompt_tokens + decode_tokens, config.max_position_embeddings);
   // A page size that the cache will refuse must not divide here.
@@ -49,19 +49,25 @@ Result<Session> Session::create(const Model& model, std::int64_t prompt_tokens, 
                     "  try: --kv-pages {}, or leave it out",
                     prompt_tokens, prompt_pages, options.page_tokens, num_pages, pages_for(positions, page_tokens)));
   }
-  CA_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence,
-                      model.start({.max_chunk_tokens = static_cast<std::int32_t>(
-                                       std::min<std::int64_t>(options.chunk_tokens, prompt_tokens)),
-                                   .page_tokens = options.page_tokens,
-                                   .num_pages = num_pages,
-                                   .kv_dtype = options.kv_dtype,
-                                   .sparsity = options.sparsity,
-                                   .extra = extra}));
+  return SequenceOptions{
+      .max_chunk_tokens = static_cast<std::int32_t>(std::min<std::int64_t>(options.chunk_tokens, prompt_tokens)),
+      .page_tokens = options.page_tokens,
+      .num_pages = num_pages,
+      .kv_dtype = options.kv_dtype,
+      .sparsity = options.sparsity,
+      .extra = extra};
+}
+
+Result<Session> Session::create(const Model& model, std::int64_t prompt_tokens, std::int64_t decode_tokens,
+                                const SessionOptions& options, SummaryFields extra) {
+  CA_ASSIGN_OR_RETURN(const SequenceOptions of_sequence,
+                      sequence_options(model.config(), prompt_tokens, decode_tokens, options, extra));
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence, model.start(of_sequence));
   Session session(std::move(sequence));
   session.chunk_tokens_ = options.chunk_tokens;
   session.final_chunk_dense_ = options.final_chunk_dense;
-  session.max_positions_ =
-      std::min<std::int64_t>(config.max_position_embeddings, std::int64_t{num_pages} * options.page_tokens);
+  session.max_positions_ = std::min<std::int64_t>(model.config().max_position_embeddings,
+                                                  std::int64_t{of_sequence.num_pages} * options.page_tokens);
   return session;
 }
 

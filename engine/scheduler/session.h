@@ -24,6 +24,13 @@ struct SessionOptions {
   bool final_chunk_dense = false;  // the prompt's last chunk reads every page
 };
 
+/// What a model is started with for a request of that length.
+/// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
+/// model has positions), kOutOfMemory (a cache too small for the prompt: says how many pages it takes).
+[[nodiscard]] Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t prompt_tokens,
+                                                       std::int64_t decode_tokens, const SessionOptions& options,
+                                                       SummaryFields extra = {});
+
 class Session {
  public:
   /// After a chunk: the prompt's tokens done, and logits of its rows as asked for.
@@ -31,9 +38,7 @@ class Session {
 
   /// decode_tokens: how many may be fed back after the prompt. extra: records of the cache that an observer reads,
   /// besides those of the selector.
-  /// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
-  /// model has positions, options of the selector), kOutOfMemory (a cache too small for the prompt: says how many pages
-  /// it takes).
+  /// Errors, all before any work: those of sequence_options and Model::start.
   [[nodiscard]] static Result<Session> create(const Model& model, std::int64_t prompt_tokens,
                                               std::int64_t decode_tokens, const SessionOptions& options,
                                               SummaryFields extra = {});

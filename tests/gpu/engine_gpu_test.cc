@@ -292,6 +292,128 @@ TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
   EXPECT_EQ(logits.size(), 96U);
 }
 
+// Chunks of the requests of a batch, step by step; 0: the request rests.
+using Schedule = std::vector<std::vector<std::size_t>>;  // [steps][requests]
+
+struct BatchRun {
+  std::vector<std::vector<float>> logits;  // [requests] of every position
+  std::vector<LayerReport> reports;
+};
+
+BatchRun run_batch(const Model& model, const std::vector<std::vector<std::int32_t>>& prompts, const Schedule& schedule,
+                   const SequenceOptions& options) {
+  BatchRun run;
+  run.logits.resize(prompts.size());
+  auto batch = model.start_batch(static_cast<std::int32_t>(prompts.size()), options);
+  if (!batch.ok()) {
+    ADD_FAILURE() << batch.status().message();
+    return run;
+  }
+  ThreadPool pool(2);
+  const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
+  std::vector<std::size_t> done(prompts.size(), 0);
+  for (const std::vector<std::size_t>& step : schedule) {
+    std::vector<std::span<const std::int32_t>> tokens;
+    for (std::size_t b = 0; b < prompts.size(); ++b) tokens.push_back(std::span(prompts[b]).subspan(done[b], step[b]));
+    std::vector<float> logits;
+    const Status status = (*batch)->forward(tokens, false, LogitsOf::kAllTokens, pool, logits);
+    EXPECT_TRUE(status.ok()) << status.message();
+    auto row = logits.begin();
+    for (std::size_t b = 0; b < prompts.size(); ++b) {
+      const auto end = row + static_cast<std::ptrdiff_t>(step[b] * vocab);
+      run.logits[b].insert(run.logits[b].end(), row, end);
+      row = end;
+      done[b] += step[b];
+    }
+    EXPECT_TRUE(row == logits.end());
+  }
+  auto reports = (*batch)->take_reports();
+  EXPECT_TRUE(reports.ok()) << reports.status().message();
+  if (reports.ok()) run.reports = std::move(reports).value();
+  return run;
+}
+
+// Requests of different lengths, chunks and places, some below the context from which chunks are selected: logits,
+// reasons and sums are those of lone runs.
+TEST(EngineGpu, ABatchGivesWhatItsRequestsGiveAlone) {
+  for (const char* const directory : {"tests/golden/qwen3_d128", "tests/golden/qwen3_moe"}) {
+    const auto model = load(directory);
+    ASSERT_NE(model, nullptr);
+    const Golden golden = read_golden(std::string(directory) + "/logits.safetensors");
+    const std::vector<std::int32_t>& all = golden.tokens;
+    const std::vector<std::vector<std::int32_t>> prompts = {
+        all, {all.begin() + 40, all.begin() + 250}, {all.begin(), all.begin() + 81}, {}};
+    const Schedule schedule = {{70, 0, 0, 0}, {100, 45, 0, 0}, {0, 90, 80, 0}, {100, 75, 0, 0}, {30, 0, 1, 0}};
+    for (const std::string selector : {"dense", "random", "mean-key"}) {
+      SCOPED_TRACE(std::string(directory) + " " + selector);
+      SequenceOptions options = options_for(all.size(), 100, 16);
+      options.sparsity.selector.name = selector;
+      options.sparsity.selector.random.share = 0.3F;
+      options.sparsity.forced = {.sink_tokens = 16, .window_tokens = 32};
+      options.sparsity.crossover = {.min_context_tokens = 150, .margin_1024ths = -1024};
+      const BatchRun together = run_batch(*model, prompts, schedule, options);
+      std::vector<LayerReport> alone(together.reports.size());
+      for (std::size_t b = 0; b + 1 < prompts.size(); ++b) {
+        Schedule own;
+        for (const std::vector<std::size_t>& step : schedule) own.push_back({step[b]});
+        const BatchRun run = run_batch(*model, {prompts[b]}, own, options);
+        ASSERT_EQ(run.logits[0].size(), together.logits[b].size());
+        float largest = 0;
+        for (std::size_t i = 0; i < run.logits[0].size(); ++i) {
+          largest = std::max(largest, std::abs(run.logits[0][i] - together.logits[b][i]));
+        }
+        EXPECT_LE(largest, golden.bf16_error) << "request " << b;
+        for (std::size_t layer = 0; layer < alone.size(); ++layer) {
+          alone[layer].stats.add(run.reports[layer].stats);
+          for (std::size_t r = 0; r < alone[layer].chunks_by_reason.size(); ++r) {
+            alone[layer].chunks_by_reason[r] += run.reports[layer].chunks_by_reason[r];
+          }
+        }
+      }
+      EXPECT_TRUE(together.logits.back().empty());
+      for (std::size_t layer = 0; layer < alone.size(); ++layer) {
+        const LayerReport& seen = together.reports[layer];
+        EXPECT_EQ(seen.chunks_by_reason, alone[layer].chunks_by_reason) << "layer " << layer;
+        EXPECT_EQ(seen.stats.visible_row_pages, alone[layer].stats.visible_row_pages) << "layer " << layer;
+        if (selector == "mean-key") continue;  // a score near its cut may fall on either side
+        EXPECT_EQ(seen.stats.wanted_row_pages, alone[layer].stats.wanted_row_pages) << "layer " << layer;
+        EXPECT_EQ(seen.stats.listed_row_pages, alone[layer].stats.listed_row_pages) << "layer " << layer;
+      }
+    }
+  }
+}
+
+TEST(EngineGpu, BatchErrorsAreNamedAndNothingRan) {
+  const auto model = load("tests/golden/llama31_d64");
+  const auto cpu = Transformer::load("tests/golden/llama31_d64");
+  ASSERT_TRUE(model != nullptr && cpu.ok());
+  SequenceOptions options = options_for(300, 128);
+  EXPECT_EQ(cpu->start_batch(2, options).status().code(), StatusCode::kUnsupported);
+  EXPECT_EQ(model->start_batch(0, options).status().code(), StatusCode::kInvalidArgument);
+  options.num_pages = 1 << 21;
+  const Status too_large = model->start_batch(4, options).status();
+  EXPECT_EQ(too_large.code(), StatusCode::kOutOfMemory);
+  EXPECT_NE(too_large.message().find("KV caches of"), std::string::npos) << too_large.message();
+  options.num_pages = 1;
+  options.sparsity.trace_pages = true;
+  EXPECT_EQ(model->start_batch(2, options).status().code(), StatusCode::kUnsupported);
+  options.sparsity.trace_pages = false;
+  auto batch = model->start_batch(2, options);
+  ASSERT_TRUE(batch.ok()) << batch.status().message();
+  ThreadPool pool(1);
+  std::vector<float> logits;
+  const std::vector<std::int32_t> some(100, 5), more(29, 5);
+  const auto forward = [&](std::vector<std::span<const std::int32_t>> tokens) {
+    return (*batch)->forward(tokens, false, LogitsOf::kLastToken, pool, logits);
+  };
+  EXPECT_EQ(forward({some}).code(), StatusCode::kInvalidArgument);
+  EXPECT_TRUE(forward({some, some}).ok());
+  EXPECT_EQ(logits.size(), 2 * 96U);
+  EXPECT_EQ(forward({std::span(more).first(28), more}).code(), StatusCode::kOutOfMemory);
+  EXPECT_TRUE(forward({std::span(more).first(28), {}}).ok());  // the first request is as long as before the error
+  EXPECT_EQ(logits.size(), 96U);
+}
+
 // An observer sees the queries and the cache that the CPU backend shows it, to the rounding of bf16.
 TEST(EngineGpu, ObserversSeeWhatTheCpuShows) {
   const auto gpu = load("tests/golden/qwen3_d128");
