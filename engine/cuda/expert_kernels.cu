@@ -12,13 +12,10 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Of equals the lower expert; -inf stands for what was taken, and for NaN.
-struct Candidate {
-  float logit;
-  int expert;
-};
-__device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
-  return b.logit > a.logit || (b.logit == a.logit && b.expert < a.expert) ? b : a;
+// Unsigned numbers in the order of the floats; NaN counts as -inf.
+__device__ __forceinline__ unsigned ordered(float x) {
+  const unsigned bits = __float_as_uint(fmaxf(x, -INFINITY) + 0.0f);  // -0 becomes 0
+  return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
 }
 
 // A warp per token; lane l looks after experts l, l + 32, ..., 32 of them at most.
@@ -34,22 +31,23 @@ __global__ void __launch_bounds__(kThreads)
   float chosen_sum = 0;  // of exp(logit - top) over the chosen
   float own_weight = 0;  // of choice number `lane`
   for (int j = 0; j < per_token; ++j) {
-    Candidate best = {-INFINITY, num_experts};
+    unsigned best = 0;  // below that of -inf
+    int expert = num_experts;
     for (int i = 0; lane + kWarp * i < num_experts; ++i) {
-      if ((taken >> i & 1u) != 0) continue;
-      best = better(best, {fmaxf(of_row[lane + kWarp * i], -INFINITY), lane + kWarp * i});
+      const unsigned key = ordered(of_row[lane + kWarp * i]);
+      if ((taken >> i & 1u) != 0 || key <= best) continue;
+      best = key;
+      expert = lane + kWarp * i;
     }
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      best =
-          better(best, {__shfl_xor_sync(kAllLanes, best.logit, step), __shfl_xor_sync(kAllLanes, best.expert, step)});
-    }
-    if (best.expert % kWarp == lane) taken |= 1u << (best.expert / kWarp);
-    if (j == 0) top = best.logit;
-    const float weight = expf(best.logit - top);
+    const unsigned highest = __reduce_max_sync(kAllLanes, best);
+    expert = __reduce_min_sync(kAllLanes, best == highest ? expert : num_experts);
+    if (expert % kWarp == lane) taken |= 1u << (expert / kWarp);
+    const float logit = of_row[expert];
+    if (j == 0) top = logit;
+    const float weight = expf(logit - top);
     chosen_sum += weight;
     if (lane == j) own_weight = weight;
-    if (lane == 0) experts[std::int64_t{row} * per_token + j] = best.expert;
+    if (lane == 0) experts[std::int64_t{row} * per_token + j] = expert;
   }
   float sum = chosen_sum;
   if (!normalize) {
@@ -61,57 +59,51 @@ __global__ void __launch_bounds__(kThreads)
   if (lane < per_token) weights[std::int64_t{row} * per_token + lane] = own_weight / sum;
 }
 
-// Sum over the CTA, and of the threads before this one.
-__device__ std::int32_t block_scan(std::int32_t value, std::int32_t& before) {
-  __shared__ std::int32_t of_warp[kThreads / kWarp];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  std::int32_t inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const std::int32_t other = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  __syncthreads();  // the sums of an earlier call were read
-  if (lane == kWarp - 1) of_warp[warp] = inclusive;
-  __syncthreads();
-  std::int32_t total = 0;
-  before = inclusive - value;
-#pragma unroll
-  for (int i = 0; i < kThreads / kWarp; ++i) {
-    if (i < warp) before += of_warp[i];
-    total += of_warp[i];
-  }
-  return total;
-}
+// A CTA per expert. Each counts the pairs of the experts before its own, so none waits for another; a warp reads a run
+// of pairs, 32 at a time, so its own pairs stand in order.
+constexpr int kSortThreads = 1024;
+constexpr int kSortWarps = kSortThreads / kWarp;
 
-// A CTA per expert. Each counts the pairs of the experts before its own, so none waits for another; a thread reads a
-// run of pairs, so its own pairs stand in order.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const std::int32_t* experts, std::int32_t num_pairs, std::int32_t per_token, std::int32_t* token_of,
                 std::int32_t* place_of, GroupTile* tiles) {
+  __shared__ std::int32_t lower_of_warp[kSortWarps], equal_of_warp[kSortWarps];
   const auto own = static_cast<std::int32_t>(blockIdx.x);
-  const std::int32_t run = (num_pairs + kThreads - 1) / kThreads;
-  const std::int32_t begin = min(num_pairs, static_cast<std::int32_t>(threadIdx.x) * run);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const std::int32_t run = (num_pairs + kSortThreads - 1) / kSortThreads * kWarp;
+  const std::int32_t begin = min(num_pairs, warp * run);
   const std::int32_t end = min(num_pairs, begin + run);
   std::int32_t lower = 0, equal = 0;
-  for (std::int32_t i = begin; i < end; ++i) {
-    const std::int32_t expert = experts[i];
-    lower += expert < own ? 1 : 0;
-    equal += expert == own ? 1 : 0;
+#pragma unroll 4
+  for (std::int32_t i = begin + lane; i - lane < end; i += kWarp) {
+    const std::int32_t expert = i < end ? experts[i] : INT32_MAX;
+    lower += __popc(__ballot_sync(kAllLanes, expert < own));
+    equal += __popc(__ballot_sync(kAllLanes, expert == own));
   }
-  std::int32_t before = 0;
-  const std::int32_t first_row = block_scan(lower, before);
-  const std::int32_t rows = block_scan(equal, before);
+  if (lane == 0) lower_of_warp[warp] = lower;
+  if (lane == 0) equal_of_warp[warp] = equal;
+  __syncthreads();
+  std::int32_t first_row = 0, rows = 0, before = 0;
+  for (int i = 0; i < kSortWarps; ++i) {
+    first_row += lower_of_warp[i];
+    rows += equal_of_warp[i];
+    if (i < warp) before += equal_of_warp[i];
+  }
   std::int32_t place = first_row + before;
-  for (std::int32_t i = begin; equal > 0 && i < end; ++i) {
-    if (experts[i] != own) continue;
-    token_of[place] = i / per_token;
-    place_of[i] = place++;
+  for (std::int32_t i = begin + lane; equal > 0 && i - lane < end; i += kWarp) {
+    const bool is_own = i < end && experts[i] == own;
+    const unsigned owns = __ballot_sync(kAllLanes, is_own);
+    if (is_own) {
+      const std::int32_t at = place + __popc(owns & ((1u << lane) - 1));
+      token_of[at] = i / per_token;
+      place_of[i] = at;
+    }
+    place += __popc(owns);
   }
   const std::int32_t first_tile = first_row / kGroupTileRows + own;
   const std::int32_t end_tile = (first_row + rows) / kGroupTileRows + own + 1;
-  for (std::int32_t t = first_tile + static_cast<std::int32_t>(threadIdx.x); t < end_tile; t += kThreads) {
+  for (std::int32_t t = first_tile + static_cast<std::int32_t>(threadIdx.x); t < end_tile; t += kSortThreads) {
     const std::int32_t done = (t - first_tile) * kGroupTileRows;
     tiles[t] = {own, first_row + done, max(0, min(kGroupTileRows, rows - done))};
   }
@@ -147,8 +139,8 @@ cudaError_t launch_route_to_experts(const float* logits, std::int32_t rows, std:
 cudaError_t launch_sort_by_expert(const std::int32_t* experts, std::int32_t rows, std::int32_t per_token,
                                   std::int32_t num_experts, std::int32_t* token_of, std::int32_t* place_of,
                                   GroupTile* tiles, cudaStream_t stream) {
-  sort_kernel<<<static_cast<unsigned>(num_experts), kThreads, 0, stream>>>(experts, rows * per_token, per_token,
-                                                                           token_of, place_of, tiles);
+  sort_kernel<<<static_cast<unsigned>(num_experts), kSortThreads, 0, stream>>>(experts, rows * per_token, per_token,
+                                                                               token_of, place_of, tiles);
   return cudaGetLastError();
 }
 

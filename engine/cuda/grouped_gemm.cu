@@ -1,13 +1,14 @@
 // Grouped products on mma.sync and cp.async, for sm_80 and later.
 //
-// A CTA owns a tile of up to 128 rows of one group and 256 rows of its weights, and walks the depth in steps of 64
+// A CTA owns a tile of up to 128 rows of one group and 128 rows of its weights, and walks the depth in steps of 64
 // through a ring of stages:
 //
-//   shared memory, per stage   x [128][64]   w [256][64]   16-byte piece j of row r at j ^ (r & 7)
+//   shared memory, per stage   x [128][64]   w [128][64]   16-byte piece j of row r at j ^ (r & 7)
 //   per step                   stage landed, barrier: all warps are done with the stage before
 //                              load of the stage before with what comes next;  sums += x w^T
 //
-// 8 warps: 2 by rows, 4 by weights; a warp owns 64 weight rows and every other block of 16 rows. Groups are small (64
+// 4 warps: 2 by rows, 2 by weights; a warp owns 64 weight rows and every other block of 16 rows. Two CTAs share an SM:
+// one's barriers, first stages and stores run under the other's MMAs. Groups are small (64
 // rows an expert at 1024 tokens of Qwen3-30B-A3B, where the weights' traffic bounds it), so a warp skips blocks without
 // rows: time follows the rows in steps of 16, not of 128. Tiles of one group and all weights are neighbours in the
 // grid: the second tile finds the weights in L2.
@@ -28,20 +29,17 @@ namespace {
 
 constexpr std::int32_t kDepth = 64;  // of a stage
 constexpr std::int32_t kPieces = kDepth / 8;
-constexpr std::int32_t kWeights = 256;  // weight rows of a CTA
-constexpr std::int32_t kThreads = 256;
+constexpr std::int32_t kWeights = 128;  // weight rows of a CTA
+constexpr std::int32_t kThreads = 128;
 constexpr std::int32_t kRowsPerPass = kThreads / kPieces;
 constexpr std::int32_t kWarpWeights = 64;
 constexpr std::int32_t kWarpBlocks = 4;  // blocks of 16 rows of a warp: 2 b + its row among the warps
 constexpr std::int32_t kXBytes = kGroupTileRows * kDepth * 2;
 constexpr std::int32_t kStageBytes = kXBytes + kWeights * kDepth * 2;
-constexpr std::int32_t kMaxStages = 4;
 
 // Waits until the oldest of the stages in flight landed: of num_stages, all but the one in use are.
 __device__ __forceinline__ void wait_for_stage(std::int32_t num_stages) {
-  if (num_stages == 4) {
-    ptx::cp_async_wait<2>();
-  } else if (num_stages == 3) {
+  if (num_stages == 3) {
     ptx::cp_async_wait<1>();
   } else {
     ptx::cp_async_wait<0>();
@@ -77,7 +75,7 @@ __device__ __forceinline__ void multiply_stage(std::uint32_t lane_x, std::uint32
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 template <bool kGated>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     grouped_product_kernel(const GroupedProduct p, std::int32_t column_tiles, std::int32_t num_stages) {
   constexpr std::int32_t kColumns = kGated ? kWeights / 2 : kWeights;  // outputs of a CTA
   constexpr std::int32_t kWarpColumns = kGated ? kWarpWeights / 2 : kWarpWeights;
@@ -118,8 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (std::int32_t i = 0; i < kWPasses; ++i) {
       // Gated: rows 64 n..64 n + 31 of a stage are gates, the 32 after them values of the same columns.
-      const std::int32_t column = kGated ? i / 2 * kRowsPerPass : i * kRowsPerPass;
-      const std::int32_t row = kGated && i % 2 == 1 ? p.out + column : column;
+      const std::int32_t in_stage = i * kRowsPerPass;
+      const std::int32_t column = kGated ? in_stage / 64 * 32 + in_stage % 32 : in_stage;
+      const std::int32_t row = kGated && in_stage % 64 >= 32 ? p.out + column : column;
       const bool valid = inside && first_column + first_row + column < p.out;
       ptx::cp_async_16(at + static_cast<std::uint32_t>(kXBytes + i * kRowsPerPass * kDepth * 2),
                        valid ? w + std::int64_t{row} * p.in + depth : p.w, valid);
@@ -127,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   const std::int32_t lane = thread % 32;
-  const std::int32_t warp_row = thread / 128;  // its blocks: 2 b + warp_row
-  const std::int32_t warp_column = thread / 32 % 4;
+  const std::int32_t warp_row = thread / 64;  // its blocks: 2 b + warp_row
+  const std::int32_t warp_column = thread / 32 % 2;
   const std::int32_t blocks = max(0, ((tile.rows + 15) / 16 - warp_row + 1) / 2);
   const std::uint32_t lane_x = ptx::swizzled_piece_offset<kDepth>(warp_row * 16 + lane % 16, lane / 16);
   const std::uint32_t lane_w =
@@ -206,8 +205,8 @@ cudaError_t launch_grouped_product(const GroupedProduct& product, cudaStream_t s
     error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   if (error != cudaSuccess) return error;
-  // As deep as the device has room for: 4 on an H200, 3 on an A100, 2 on the small ones.
-  const std::int32_t num_stages = std::min(kMaxStages, shared_bytes / kStageBytes);
+  // As deep as two CTAs have room for: 3 on an H200, else 2.
+  const std::int32_t num_stages = std::clamp(shared_bytes / 2 / kStageBytes, 2, 3);
   return product.gated ? launch<true>(product, num_stages, stream) : launch<false>(product, num_stages, stream);
 }
 
