@@ -166,7 +166,13 @@ print(":".join(sorted({os.path.dirname(f) for f in found})))' 2>/dev/null)
   done
   limited prefill 300 "$build/compact" bench prefill --backend cuda --random-weights "$here/configs/llama31_8b.json" \
     --context $contexts --selector dense,mean-key,random:share=0.1 --mode paper --json "$out/prefill_gpu.json"
-  cat "$out/prefill.log" 2>/dev/null
+  limited prefill_moe 200 "$build/compact" bench prefill --backend cuda --random-weights "$here/configs/qwen3_30b_a3b.json" \
+    --context $contexts --selector dense,mean-key,random:share=0.1 --mode paper --json "$out/prefill_gpu_moe.json"
+  # Chunks of 1024 and 2048 tokens of four requests in a step; contexts that four caches leave room for.
+  limited prefill_batch 300 "$build/compact" bench prefill --backend cuda --random-weights "$here/configs/llama31_8b.json" --requests 4 \
+    --context ${contexts%,262144} --selector dense,mean-key,random:share=0.1,dense:chunk=2048,mean-key:chunk=2048,random:share=0.1:chunk=2048 \
+    --mode paper --json "$out/prefill_gpu_batch.json"
+  cat "$out"/prefill*.log 2>/dev/null
 }
 
 experiments() {

@@ -282,6 +282,7 @@ Status CudaSequence::forward(std::span<const std::span<const std::int32_t>> toke
 // Whether the tokens fit behind those of the request, and why their attention is dense, if it is.
 Result<CudaSequence::Part> CudaSequence::check_part(std::size_t request, std::span<const std::int32_t> tokens,
                                                     bool dense) const {
+  if (tokens.empty()) return Part();  // rests: a chunk of nothing at position 0
   const std::int32_t start = lengths_[request];
   CA_RETURN_IF_ERROR(check_chunk(*config_, tokens, start));
   const std::int64_t context = start + std::ssize(tokens);
