@@ -9,13 +9,15 @@ unites each chunk as a whole. Means of the pages exist before, as the append lea
 once for all layers. cuDNN runs non-causal over contiguous K and V.
 
 Random bf16 data in three sets, pages in random order. Every page has a topic that its keys add to their noise, and every query
-asks for three of the topics of its KV head's pool of pages: so that selection finds what attention needs, and lists hold about
-a tenth of the past. The lists that a step read are recovered through the interface itself (lists_read); outputs are compared
-with float32 arithmetic over them ("err": relative L2).
+asks for three topics of its KV head's pool of pages: so that selection finds what attention needs, and lists hold about a tenth
+of the past. Topics are equally long and a query's three differ: no row stands out, and a rule that compares pages across the
+rows of a tile finds the same pages as ours, which compares them within a row. The lists that a step read are recovered through
+the interface itself (lists_read); outputs are compared with float32 arithmetic over them ("err": relative L2).
 
 --peer: a Python file with `candidates(case) -> {name: run(i)}` (see Case), for kernels that this repository does not ship.
 `run.listed`: bool [T, Hq, L / P], the pages that each row reads of set 0; without it the candidate is a part of a step, whose
-output is not looked at. `case.density`: the share of the past that our lists read, for peers that can be set to it.
+output is not looked at. `run.settings`: text for the record. `case.density`: the share of the past that our lists read, for
+peers that can be set to it.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import ctypes
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 
 import gpu_compare
 from gpu_compare import DEVICE, LARGEST_ERROR, SETS, compare, sm_clock_mhz
@@ -115,16 +118,17 @@ class Case(gpu_compare.PagedCase):
         """q [T, Hq, D], k [pages, P, Hkv, D]. Forced pages are in the density asked for: sinks and, over the chunk's query
         blocks, the window before it."""
         s = self.shape
-        topics = self.random(k.shape[0], s.kv_heads, s.dim)
+        topics = F.normalize(self.random(k.shape[0], s.kv_heads, s.dim).float(), dim=-1).mul(s.dim**0.5).to(k.dtype)
         k += topics[:, None]
         forced = SINK_TOKENS // s.page + WINDOW_TOKENS // s.page - 1
-        pool_pages = max(1, round(s.density * s.past_pages) - forced)
+        pool_pages = max(TOPICS_ASKED, round(s.density * s.past_pages) - forced)
         group = s.q_heads // s.kv_heads
         rows = q.view(s.requests, s.chunk, s.kv_heads, group, s.dim)
         for request, table in enumerate(self.tables):
             for head in range(s.kv_heads):
                 pool = table[torch.randperm(s.past_pages, generator=self.generator, device=DEVICE)[:pool_pages]].long()
-                asked = torch.randint(pool_pages, (s.chunk, group, TOPICS_ASKED), generator=self.generator, device=DEVICE)
+                draws = torch.rand(s.chunk, group, pool_pages, generator=self.generator, device=DEVICE)
+                asked = draws.topk(TOPICS_ASKED).indices
                 rows[request, :, head] += topics[pool[asked], head].sum(dim=2)
 
     def past_share(self, listed: torch.Tensor) -> float:
@@ -233,8 +237,8 @@ def main() -> None:
             shown = "" if density is None else f"{density:8.4f} {error:7.4f}" + ("" if error < LARGEST_ERROR else "  WRONG")
             print(f"{shape.name:28} {name:32} {row['sustained_ms']:12.4f} {row['burst_ms']:9.4f} {row['ratio_to_first']:9.3f} "
                   f"{shown:16} {clock}", flush=True)
-            rows.append({"shape": shape.name, "candidate": name, "density": density, "relative_error": error,
-                         "sm_clock_mhz_after": clock, **row})
+            rows.append({"shape": shape.name, "candidate": name, "settings": getattr(candidates[name], "settings", ""),
+                         "density": density, "relative_error": error, "sm_clock_mhz_after": clock, **row})
         del case, candidates, dense
         torch.cuda.empty_cache()
     if args.json:
