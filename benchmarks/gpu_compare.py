@@ -1,15 +1,18 @@
 """What the comparisons on a GPU share: a cache in pages, the float32 reference, dense peers of PyTorch, taking turns, the record.
 
 A GPU under full load lowers its clock, so figures of two programs, or of one minute and the next, do not compare. Here the
-candidates of a shape take turns: a second of all of them to settle, then rounds in which each runs about 20 ms in a row. A
-candidate's figure is the median over the rounds of its mean time per call ("sustained"); a ratio is the median of the
-ratios within a round. "burst" is the best of a few calls after a pause, at whatever clock the GPU then has.
+candidates of a shape take turns: a second of all of them to settle, then rounds, each in an order of its own, in which each
+candidate runs twice about 20 ms in a row. The first 20 ms are not timed: a power limit acts over tens of milliseconds, so they
+bear the clock that the candidate before left. A candidate's figure is the median over the rounds of its mean time per call
+("sustained"); a ratio is the median of the ratios within a round. "burst" is the best of a few calls after a pause, at whatever
+clock the GPU then has.
 """
 
 import ctypes
 import datetime
 import importlib.util
 import json
+import random
 import statistics
 import time
 
@@ -150,11 +153,13 @@ def compare(candidates: dict, rounds: int, settle_seconds: float) -> dict:
         for name, run in candidates.items():
             time_calls(run, calls[name], 0)
     slices = {name: [] for name in candidates}
-    order = list(candidates)
-    for round_index in range(rounds):
-        for name in order[round_index % len(order):] + order[:round_index % len(order)]:
-            slices[name].append(time_calls(candidates[name], calls[name], round_index))
+    order, shuffle = list(candidates), random.Random(1).shuffle
     first = order[0]
+    for round_index in range(rounds):
+        shuffle(order)
+        for name in order:
+            time_calls(candidates[name], calls[name], round_index)
+            slices[name].append(time_calls(candidates[name], calls[name], round_index))
     return {name: {"burst_ms": burst[name], "sustained_ms": statistics.median(times),
                    "ratio_to_first": statistics.median(a / b for a, b in zip(times, slices[first]))}
             for name, times in slices.items()}
