@@ -13,7 +13,7 @@
 #include "engine/bench/step_cpu.h"
 #include "engine/bench/step_cuda.h"
 #include "engine/cli/commands.h"
-#include "engine/cli/files.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {
