@@ -8,9 +8,9 @@
 #include <cstring>
 
 #include "engine/cli/demo_prompt.h"
-#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
 #include "engine/loader/safetensors.h"
+#include "engine/loader/text_file.h"
 #include "engine/model/transformer.h"
 #include "engine/scheduler/answer.h"
 
