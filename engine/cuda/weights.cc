@@ -227,20 +227,6 @@ Result<CudaWeights> CudaWeights::load(const ModelConfig& config, const std::file
   return weights;
 }
 
-namespace {
-
-// The limit of a uniform draw for a matrix of this name with rows of `in`. A uniform number in [-limit, limit) has
-// variance limit^2 / 3. Embeddings are of size 1, and what is added to the residual shrinks with the number of layers,
-// as models are initialised: else attention, a mean over many tokens, makes all tokens alike within a few layers, and
-// routers send them to the same few experts.
-float random_limit(const std::string& name, std::int64_t in, std::int32_t num_layers) {
-  if (name == "model.embed_tokens.weight") return std::sqrt(3.0F);
-  const bool to_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-  return std::sqrt(3.0F / static_cast<float>(to_residual ? 2 * num_layers * in : in));
-}
-
-}  // namespace
-
 Result<CudaWeights> CudaWeights::random(const ModelConfig& config, std::uint64_t seed) {
   CudaWeights weights;
   CA_RETURN_IF_ERROR(weights.allocate(config));
@@ -250,9 +236,10 @@ Result<CudaWeights> CudaWeights::random(const ModelConfig& config, std::uint64_t
   std::vector<float> ones(static_cast<std::size_t>(std::max(config.hidden_size, config.head_dim)), 1.0F);
   const Status laid_out = weights.lay_out(
       config,
-      [&](const std::string& name, std::int64_t out, std::int64_t in) -> Result<const Bf16Bits*> {
+      [&](const std::string&, std::int64_t out, std::int64_t in) -> Result<const Bf16Bits*> {
         Bf16Bits* const place = places.matrix(out * in);
-        const float limit = random_limit(name, in, config.num_hidden_layers);
+        // A uniform number in [-limit, limit) has variance limit^2 / 3.
+        const float limit = std::sqrt(3.0F / static_cast<float>(in));
         CA_RETURN_IF_ERROR(
             cuda_status(launch_fill_random(++tensor_seed, limit, out * in, place, stream.get()), "random weights"));
         return place;

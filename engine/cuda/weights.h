@@ -31,7 +31,7 @@ class CudaWeights {
   /// the device. Errors: those of Checkpoint; kOutOfMemory, kCudaError.
   [[nodiscard]] static Result<CudaWeights> load(const ModelConfig& config, const std::filesystem::path& directory);
 
-  /// Uniform random matrices that keep activations near 1 and tokens apart, norms of 1. Same seed, same weights.
+  /// Uniform random matrices that keep activations near 1, norms of 1. Same seed, same weights.
   [[nodiscard]] static Result<CudaWeights> random(const ModelConfig& config, std::uint64_t seed);
 
   [[nodiscard]] const Bf16Bits* embedding() const noexcept { return embedding_; }  // [vocab, hidden]
