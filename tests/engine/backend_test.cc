@@ -40,7 +40,11 @@ TEST(Backend, TheGpuSelectsWhatHasATwin) {
   for (const char* name : {"dense", "static", "mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     EXPECT_TRUE(with(name, nothing)) << name;
   }
-  EXPECT_FALSE(with("seer", nothing));
+  EXPECT_FALSE(with("seer", nothing));  // without gates
+  EXPECT_TRUE(with("seer", [](SelectorOptions& s) {
+    const GateWeights gates{1, 4, 2, 2, 2, 2, std::vector<float>(24), std::vector<float>(16), {1.0F}};
+    s.seer.gates = std::make_shared<const GateWeights>(gates);
+  }));
   EXPECT_FALSE(with("no-such", nothing));
   for (const char* name : {"oracle", "sub-mean", "xattention", "quoka", "random"}) {
     EXPECT_TRUE(with(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kDensity, 0.1F, 1, 9}; })) << name;

@@ -21,7 +21,7 @@ struct Entry {
 };
 constexpr Entry kTwins[] = {{"dense", Twin::kDense},   {"static", Twin::kStatic},    {"mean-key", Twin::kMeanKey},
                             {"oracle", Twin::kOracle}, {"sub-mean", Twin::kSubMean}, {"xattention", Twin::kXAttention},
-                            {"quoka", Twin::kQuoka},   {"random", Twin::kRandom},    {"external", Twin::kExternal}};
+                            {"quoka", Twin::kQuoka}, {"seer", Twin::kSeer},   {"random", Twin::kRandom},    {"external", Twin::kExternal}};
 
 }  // namespace
 
@@ -41,10 +41,7 @@ Status check_mean_key_twin(const Refusal& refuse, const MeanKeyOptions& rule) {
 Result<Twin> find_twin(const SelectorOptions& options) {
   const auto* const entry = std::find_if(std::begin(kTwins), std::end(kTwins),
                                          [&](const Entry& known) { return known.name == options.name; });
-  if (entry == std::end(kTwins)) {
-    if (options.name == "seer") return kRefuse.missing("seer: its gates are not on the device yet");
-    return make_selector(options).status();
-  }
+  if (entry == std::end(kTwins)) return make_selector(options).status();
   CA_RETURN_IF_ERROR(make_selector(options).status());
   if (entry->twin == Twin::kMeanKey) {
     CA_RETURN_IF_ERROR(check_mean_key_twin(kRefuse, options.mean_key));
@@ -75,6 +72,11 @@ ChooseRule choose_rule(Twin twin, const SelectorOptions& options, std::int32_t p
       budget = quoka_budget(budget, options.quoka.kept_tokens, page_tokens);
       rule.everything = budget.kind == BudgetKind::kNative;
       break;
+    case Twin::kSeer:
+      if (budget.kind != BudgetKind::kNative) break;
+      rule.above = true;
+      budget.value = options.seer.threshold;
+      break;
     case Twin::kSubMean:
       if (budget.kind != BudgetKind::kNative) break;
       rule.lift = options.sub_mean.lift;
@@ -101,6 +103,17 @@ Result<CudaMaskShape> cuda_mask_shape(const SelectorOptions& options, std::int32
     case Twin::kMeanKey:
     case Twin::kSubMean:
     case Twin::kExternal: return CudaMaskShape{num_kv_heads, packed};
+    case Twin::kSeer: {
+      const GateWeights& gates = *options.seer.gates;
+      if (num_q_heads != gates.num_q_heads || num_kv_heads != gates.num_kv_heads) {
+        return kRefuse.wrong("seer: {} query heads and {} KV heads; the gates have {} and {}", num_q_heads,
+                             num_kv_heads, gates.num_q_heads, gates.num_kv_heads);
+      }
+      if (page_tokens % kGateBlockTokens != 0) {
+        return kRefuse.wrong("seer: pages of {} tokens; a multiple of {}", page_tokens, kGateBlockTokens);
+      }
+      return CudaMaskShape{gates.mask_heads, kGateBlockTokens};
+    }
     case Twin::kOracle:
     case Twin::kXAttention: return CudaMaskShape{num_q_heads, whole};
     case Twin::kDense:

@@ -16,6 +16,7 @@ enum class Twin : std::int32_t {
   kSubMean,
   kXAttention,
   kQuoka,
+  kSeer,
   kRandom,
   kExternal
 };
