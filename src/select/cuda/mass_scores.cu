@@ -390,8 +390,7 @@ cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, c
 
 cudaError_t launch_sub_mean_scores(const ScoreArgs& args, const ScoreRows& rows, const SubMeanOptions& options,
                                    cudaStream_t stream) {
-  if (const std::int64_t bytes = sub_mean_sm90_scratch_bytes(args); bytes > 0) {
-    if (args.scratch_bytes < bytes) return cudaErrorInvalidValue;
+  if (const std::int64_t bytes = sub_mean_sm90_scratch_bytes(args); bytes > 0 && args.scratch_bytes >= bytes) {
     return launch_sub_mean_sm90(args, rows, options, stream);
   }
   MassArgs mass = make_args(args, rows, args.softmax_scale * options.temperature);
