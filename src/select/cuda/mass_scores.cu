@@ -21,6 +21,7 @@
 #include "src/ptx/shared_address.cuh"
 #include "src/select/cuda/score_columns.cuh"
 #include "src/select/cuda/scores.h"
+#include "src/select/cuda/sub_mean_sm90.h"
 
 namespace compact {
 namespace {
@@ -372,7 +373,9 @@ std::int32_t log2_of(std::int32_t power) {
 }  // namespace
 
 std::int64_t oracle_scratch_bytes(const ScoreArgs&, const ScoreRows&) { return 0; }
-std::int64_t sub_mean_scratch_bytes(const ScoreArgs&, const ScoreRows&) { return 0; }
+std::int64_t sub_mean_scratch_bytes(const ScoreArgs& args, const ScoreRows&) {
+  return sub_mean_sm90_scratch_bytes(args);
+}
 
 cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, cudaStream_t stream) {
   MassArgs mass = make_args(args, rows, args.softmax_scale);
@@ -387,6 +390,9 @@ cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, c
 
 cudaError_t launch_sub_mean_scores(const ScoreArgs& args, const ScoreRows& rows, const SubMeanOptions& options,
                                    cudaStream_t stream) {
+  if (const std::int64_t bytes = sub_mean_sm90_scratch_bytes(args); bytes > 0 && args.scratch_bytes >= bytes) {
+    return launch_sub_mean_sm90(args, rows, options, stream);
+  }
   MassArgs mass = make_args(args, rows, args.softmax_scale * options.temperature);
   const std::int32_t granule = granule_tokens(args.page_tokens);
   const std::int32_t page_granules = args.page_tokens / granule;

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __gri
     const double inverse_norm = inverse_root(fmax(square, double{kLeastNorm} * double{kLeastNorm}));
     if (has_token) cosines[thread] *= inverse_norm;
     bad_rows += __syncthreads_count(!(square < INFINITY));
-    if (has_token) {
+    if (has_token && bad_rows == 0) {  // NaN has no rank
       std::int32_t rank = block.tokens > args.picked ? 0 : thread;
       for (std::int32_t t = 0; t < block.tokens && block.tokens > args.picked; ++t) {
         rank += cosines[t] < cosines[thread] || (cosines[t] == cosines[thread] && t < thread) ? 1 : 0;

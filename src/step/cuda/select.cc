@@ -46,6 +46,14 @@ bool writes_elsewhere(Twin twin) { return twin == Twin::kOracle || twin == Twin:
 bool reads_keys(Twin twin) { return twin == Twin::kOracle || twin == Twin::kQuoka || twin == Twin::kXAttention; }
 
 // What score kernels are told; without a workspace their host numbers alone.
+// Of the current device; 0 if there is none, and nothing to launch.
+std::int32_t num_sms() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+}
+
 ScoreArgs score_args(const Selection& selection, const CudaStepInput& input, const CudaSelectInput& select) {
   const StepShape& s = selection.step.shape;
   return {.tables = {},
@@ -64,7 +72,8 @@ ScoreArgs score_args(const Selection& selection, const CudaStepInput& input, con
           .page_tokens = s.page_tokens,
           .block_tokens = s.block_tokens,
           .num_chunks = s.num_chunks,
-          .max_context_tokens = s.max_context_tokens};
+          .max_context_tokens = s.max_context_tokens,
+          .num_sms = num_sms()};
 }
 
 DeviceGates device_gates(const Selection& selection, const CudaSelectInput& select) {
@@ -199,10 +208,6 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
   args.q_head_stride = queries.head_stride;
   args.tables = tables;
   args.kv.dtype = select.dtype;  // of the means, for those that read no keys
-  int device = 0;
-  CA_RETURN_IF_ERROR(cuda_status(kRefuse.caller, cudaGetDevice(&device), "no current device"));
-  CA_RETURN_IF_ERROR(cuda_status(
-      kRefuse.caller, cudaDeviceGetAttribute(&args.num_sms, cudaDevAttrMultiProcessorCount, device), "device query"));
   args.pdl = pdl;
   args.scratch = base + selection.scratch;
   args.scratch_bytes = selection.scratch_bytes;
