@@ -9,7 +9,7 @@
 #                sm90 kernel hangs, it runs again on kernels that say who waited for what (attention_gpu_spin_test)
 #   sanitizer    memcheck, racecheck and synccheck on small shapes
 #   bench        our benchmarks (attention, then the whole step); --quick: the shapes of the targets only
-#   peers        our kernel and dense attention of PyTorch in turns, in one process (needs torch)
+#   peers        our kernel, then our step, and dense attention of PyTorch in turns, in one process (needs torch)
 #   engine       the engine's tests, the demo on both backends, and time to first token of the Llama-3.1-8B shape; --quick: to
 #                32K tokens only. Needs cuBLASLt: the toolkit's, or that of an installed PyTorch
 #   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
@@ -142,6 +142,9 @@ peers() {
   limited peers 300 python3 "$here/attention_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
     --json "$out/attention_gpu.json"
   cat "$out/peers.log" 2>/dev/null
+  limited step_peers 200 python3 "$here/step_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
+    --json "$out/step_gpu_compare.json"
+  cat "$out/step_peers.log" 2>/dev/null
 }
 
 engine() {
