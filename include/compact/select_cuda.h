@@ -27,7 +27,7 @@ struct CudaMaskShape {
 };
 
 /// Errors: those of make_selector; kUnsupported for what has no twin, by name: sub-mean with coherence or probe rows,
-/// mean-key with other rules than packed tiles, visible kFull, row norm and vote max, or with a budget.
+/// mean-key with tile norm, alpha or visibility kFirst.
 [[nodiscard]] Result<CudaMaskShape> cuda_mask_shape(const SelectorOptions& options, std::int32_t num_q_heads,
                                                     std::int32_t num_kv_heads, std::int32_t page_tokens);
 

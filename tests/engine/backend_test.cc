@@ -57,13 +57,14 @@ TEST(Backend, TheGpuSelectsWhatHasATwin) {
   EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.lift = 2; }));
   EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.thresholds = {1, 1, {0.5F}}; }));
   EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.alpha = 0.1F; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.tile = TileShape::kPerHead; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.tile = TileShape::kPerHead; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kFirst; }));
   EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.norm = ScoreNorm::kTile; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.kind = BudgetKind::kDensity; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.min_pages = 1; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.max_pages = 1; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.kind = BudgetKind::kDensity; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.min_pages = 1; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.max_pages = 1; }));
   EXPECT_FALSE(with("sub-mean", [](SelectorOptions& s) { s.sub_mean.min_coherence = 0.1F; }));
   EXPECT_FALSE(with("sub-mean", [](SelectorOptions& s) { s.sub_mean.probe_stride = 32; }));
 }

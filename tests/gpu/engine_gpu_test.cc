@@ -174,7 +174,7 @@ TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
 }
 
 // Prefill and decode give the CPU's answer about a long text, from similar lists, wherever the pages are chosen:
-// mean-key by a density has no twin and chooses on the CPU for both.
+// sub-mean with probe rows has no twin and chooses on the CPU for both.
 TEST(EngineGpu, AnswersEqualTheCpus) {
   const auto gpu = load_model("assets/demo", "auto", Backend::kCuda);
   const auto cpu = load_model("assets/demo", "auto", Backend::kCpu);
@@ -195,8 +195,8 @@ TEST(EngineGpu, AnswersEqualTheCpus) {
   };
   for (const Case& c : {Case{"dense"}, Case{"mean-key"}, Case{"sub-mean"}, Case{"oracle"}, Case{"xattention"},
                         Case{"sub-mean", BudgetKind::kDensity, 0.2F}, Case{"oracle", BudgetKind::kTopN, 0.2F},
-                        Case{.selector = "mean-key", .per_head = true},
-                        Case{.selector = "mean-key", .budget = BudgetKind::kDensity, .value = 0.2F, .on_host = true}}) {
+                        Case{.selector = "mean-key", .per_head = true}, Case{"mean-key", BudgetKind::kDensity, 0.2F},
+                        Case{.selector = "sub-mean", .on_host = true}}) {
     SCOPED_TRACE(std::string(c.selector) + " budget " + std::to_string(static_cast<int>(c.budget)) +
                  (c.per_head ? " per head" : ""));
     GenerateOptions options;
@@ -205,6 +205,7 @@ TEST(EngineGpu, AnswersEqualTheCpus) {
     SelectorOptions& selector = options.sparsity.selector;
     selector.name = c.selector;
     selector.budget = {.kind = c.budget, .value = c.value};
+    if (c.on_host) selector.sub_mean.probe_stride = 32;
     if (c.per_head) {
       selector.thresholds = {config.num_hidden_layers, config.num_key_value_heads, {}};
       for (std::int32_t i = 0; i < config.num_hidden_layers * config.num_key_value_heads; ++i) {

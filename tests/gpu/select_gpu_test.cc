@@ -396,7 +396,7 @@ std::vector<SelectorOptions> twins(const ScoreSpec& spec) {
   for (const char* name : {"dense", "static", "mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     add(name, [](SelectorOptions&) {});
   }
-  for (const char* name : {"oracle", "sub-mean", "xattention", "quoka", "random"}) {
+  for (const char* name : {"mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kDensity, 0.3F}; });
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kTopN, 0.2F, 2, 6}; });
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kThreshold, 0.05F, 1, 0}; });
@@ -404,6 +404,12 @@ std::vector<SelectorOptions> twins(const ScoreSpec& spec) {
       add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kMass, 0.8F}; });
     }
   }
+  add("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean, s.mean_key.lift = 1.5F; });
+  add("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; });
+  add("mean-key", [](SelectorOptions& s) {
+    s.mean_key.visible = PageVisibility::kLast;
+    s.mean_key.tile = TileShape::kPerHead;
+  });
   for (const bool per_query_head : {true, false}) {
     if (spec.page_tokens % kGateBlockTokens != 0) break;
     const auto gates = made_gates(spec, per_query_head);
@@ -604,9 +610,8 @@ TEST(TwinsGpu, RefusalsNameTheField) {
     t.select.q_pre = nullptr;
   });
   expect(kMissing, "probe rows", "sub-mean", [](TwinStep&, SelectorOptions& s) { s.sub_mean.probe_stride = 8; });
-  expect(kMissing, "mean-key: a budget", "mean-key", [](TwinStep&, SelectorOptions& s) {
-    s.budget = {BudgetKind::kTopN, 0.1F};
-  });
+  expect(kMissing, "mean-key: alpha is 0.1", "mean-key",
+         [](TwinStep&, SelectorOptions& s) { s.mean_key.alpha = 0.1F; });
   expect(kWrong, "unknown selector", "oracle", [](TwinStep&, SelectorOptions& s) { s.name = "no-such"; });
   expect(kWrong, "stride 128", "xattention", [](TwinStep&, SelectorOptions& s) { s.xattention.stride = 128; });
   expect(kWrong, "the step's mask has 8 heads and blocks of 64 tokens; 1 and 16", "oracle",

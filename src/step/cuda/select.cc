@@ -42,7 +42,9 @@ struct Selection {
   }
 };
 
-bool writes_elsewhere(Twin twin) { return twin == Twin::kOracle || twin == Twin::kSubMean || twin == Twin::kSeer; }
+bool writes_elsewhere(Twin twin) {
+  return twin == Twin::kOracle || twin == Twin::kMeanKeyScores || twin == Twin::kSubMean || twin == Twin::kSeer;
+}
 bool reads_keys(Twin twin) { return twin == Twin::kOracle || twin == Twin::kQuoka || twin == Twin::kXAttention; }
 
 // What score kernels are told; without a workspace their host numbers alone.
@@ -155,6 +157,8 @@ Result<Selection> lay_out_selection(const CudaStepInput& input, const CudaSelect
 }
 
 Status check_records(const Selection& selection, const CudaStepInput& input, const CudaSelectInput& select) {
+  if (selection.twin == Twin::kMeanKeyScores)
+    CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.mean_k", select.summaries.mean_k, 16));
   if (selection.twin == Twin::kSubMean)
     CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.sub_mean_k", select.summaries.sub_mean_k, 16));
   if (selection.twin == Twin::kQuoka)
@@ -213,6 +217,7 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
   args.scratch_bytes = selection.scratch_bytes;
   switch (selection.twin) {
     case Twin::kOracle: return launched(launch_oracle_scores(args, rows, stream));
+    case Twin::kMeanKeyScores: return launched(launch_mean_key_scores(args, rows, selection.options->mean_key, stream));
     case Twin::kSubMean: return launched(launch_sub_mean_scores(args, rows, selection.options->sub_mean, stream));
     case Twin::kXAttention:
       return launched(launch_xattention_scores(args, rows, selection.options->xattention, stream));
