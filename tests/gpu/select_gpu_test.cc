@@ -3,12 +3,14 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
 
+#include "compact/compact.h"
 #include "compact/paged_kv.h"
 #include "compact/run_step_cuda.h"
 #include "compact/select_cuda.h"
@@ -587,6 +589,96 @@ TEST(TwinsGpu, TheStepTakesEverySelector) {
           << i;
     }
   }
+}
+
+// The same through the C interface: the same bits.
+TEST(TwinsGpu, TheCInterfaceGivesTheSameBits) {
+  ScoreCase c(twin_specs()[0]);
+  make_topical(c);
+  c.step.input.forced = {.sink_tokens = 100, .window_tokens = 200};
+  const std::vector<SelectorOptions> all = twins(c.spec);
+  std::set<std::int32_t> seen;
+  for (const SelectorOptions& options : all) {
+    constexpr std::array kNames = {"mean-key", "static", "oracle", "sub-mean", "xattention", "quoka", "random"};
+    const auto* const name = std::find(kNames.begin(), kNames.end(), std::string_view(options.name));
+    const MeanKeyOptions own_rule;
+    if (name == kNames.end() || options.mean_key.vote != own_rule.vote || options.mean_key.tile != own_rule.tile ||
+        options.mean_key.visible != own_rule.visible) {
+      continue;  // not there in C
+    }
+    SCOPED_TRACE(fmt::format("{} budget {}", options.name, static_cast<int>(options.budget.kind)));
+    TwinStep twin(c, options);
+    const CudaStepInput& input = twin.input;
+    const std::int64_t row = std::int64_t{input.num_q_heads} * c.spec.head_dim;
+    const std::int64_t count = input.num_q_tokens * row;
+    const DeviceBuffer o(count * 2), o_c(count * 2), error(std::vector<std::int32_t>{0});
+    CudaStepLayer layer;
+    layer.select = twin.select;
+    layer.kv = twin.select.kv;
+    layer.output = {.o = o.data(), .o_token_stride = row, .o_head_stride = c.spec.head_dim};
+    const Result<std::int64_t> bytes = run_step_cuda_bytes(input, layer);
+    ASSERT_TRUE(bytes.ok()) << bytes.status().message();
+    const DeviceBuffer workspace(*bytes);
+    expect_ok(plan_step_cuda(input, error.as<std::int32_t>(), workspace.data(), *bytes, nullptr));
+    expect_ok(run_step_cuda(input, layer, workspace.data(), *bytes, nullptr));
+
+    ca_step step{};
+    step.struct_size = sizeof(step);
+    step.dtype = static_cast<std::int32_t>(c.spec.dtype);
+    step.chunks = reinterpret_cast<const ca_step_chunk*>(input.chunks);
+    step.page_tables = input.page_tables;
+    step.page_table_stride = input.page_table_stride;
+    step.num_table_rows = input.num_table_rows;
+    step.num_chunks = input.num_chunks;
+    step.num_q_tokens = input.num_q_tokens;
+    step.max_context_tokens = input.max_context_tokens;
+    step.num_q_heads = input.num_q_heads;
+    step.num_kv_heads = input.num_kv_heads;
+    step.head_dim = c.spec.head_dim;
+    step.page_tokens = input.page_tokens;
+    step.num_pages = input.num_pages;
+    step.sink_tokens = input.forced.sink_tokens;
+    step.window_tokens = input.forced.window_tokens;
+    step.q = twin.select.q;
+    step.q_token_stride = twin.select.q_token_stride;
+    step.q_head_stride = twin.select.q_head_stride;
+    step.o = o_c.data();
+    step.o_token_stride = row;
+    step.o_head_stride = c.spec.head_dim;
+    step.k = layer.kv.k;
+    step.v = layer.kv.v;
+    step.kv_page_stride = layer.kv.page_stride;
+    step.kv_head_stride = layer.kv.head_stride;
+    step.kv_token_stride = layer.kv.token_stride;
+    step.mean_k = twin.select.summaries.mean_k;
+    step.softmax_scale = twin.select.softmax_scale;
+    const bool sub_mean = options.name == "sub-mean";
+    step.share = sub_mean ? options.sub_mean.share : options.mean_key.share;
+    step.lift = sub_mean ? options.sub_mean.lift : options.mean_key.lift;
+    step.selector = static_cast<std::int32_t>(name - kNames.begin());
+    step.budget = static_cast<std::int32_t>(options.budget.kind);
+    step.budget_value = options.budget.value;
+    step.min_pages = options.budget.min_pages;
+    step.max_pages = options.budget.max_pages;
+    step.layer = twin.select.layer;
+    step.seed = options.random.seed;
+    step.head_thresholds = twin.select.head_thresholds;
+    step.sub_mean_k = twin.select.summaries.sub_mean_k;
+    step.norm_k = twin.select.summaries.norm_k;
+    step.peak_weight = options.sub_mean.peak_weight;
+    step.kept_tokens = options.quoka.kept_tokens;
+    step.random_share = options.random.share;
+    std::int64_t c_bytes = 0;
+    ASSERT_EQ(ca_step_cuda_workspace(&step, &c_bytes, nullptr), CA_OK) << ca_last_error();
+    EXPECT_EQ(c_bytes, *bytes);
+    ASSERT_EQ(ca_step_plan_cuda(&step, error.as<std::int32_t>(), workspace.data(), c_bytes, nullptr), CA_OK);
+    ASSERT_EQ(ca_step_run_cuda(&step, workspace.data(), c_bytes, nullptr), CA_OK) << ca_last_error();
+    check_cuda(cudaDeviceSynchronize(), "step");
+    EXPECT_EQ(o.download<std::uint16_t>(static_cast<std::size_t>(count)),
+              o_c.download<std::uint16_t>(static_cast<std::size_t>(count)));
+    seen.insert(step.selector);
+  }
+  EXPECT_EQ(seen.size(), 7U);
 }
 
 TEST(TwinsGpu, RefusalsNameTheField) {
