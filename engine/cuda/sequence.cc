@@ -78,8 +78,9 @@ Status CudaSequence::allocate() {
     CA_RETURN_IF_ERROR(take(norm_k_, 4 * page_keys * records, "key norms"));
   }
   if (kept.gate_pool) {
-    CA_RETURN_IF_ERROR(take(gate_pool_, 12 * kv_width * (o.page_tokens / kGateBlockTokens) * records, "gate pools"));
-    CA_RETURN_IF_ERROR(take(gate_sum_, 4 * kv_width * records, "gate pools"));
+    const std::int64_t sums = kv_width * (o.page_tokens / kGateBlockTokens) * records;
+    CA_RETURN_IF_ERROR(take(gate_pool_, 3 * 4 * sums, "gate pools"));
+    CA_RETURN_IF_ERROR(take(gate_sum_, 4 * sums, "gate pools"));
     CA_RETURN_IF_ERROR(take(q_pre_, rows * q_width * 2, "activations"));
   }
   CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{o.num_pages} * 4, "page means"));

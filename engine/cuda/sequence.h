@@ -103,7 +103,7 @@ class CudaSequence final : public Sequence {
   DeviceBuffer sub_mean_k_;   // bf16 [layers, num_pages, Hkv, P/w, D]
   DeviceBuffer norm_k_;       // [layers, num_pages, Hkv, P]
   DeviceBuffer gate_pool_;    // [layers, num_pages, Hkv, P/64, 3, D]
-  DeviceBuffer gate_sum_;     // [layers, num_pages, Hkv, D]  of open blocks
+  DeviceBuffer gate_sum_;     // [layers, num_pages, Hkv, P/64, D]
   DeviceBuffer mean_tokens_;  // [num_pages]
   DeviceBuffer page_table_;   // [num_pages]
 

@@ -37,7 +37,7 @@ struct CudaPageSummaries {
   void* sub_mean_k = nullptr;  // [num_pages, Hkv, P/w, D] of kv.dtype; w = granule_tokens(P)
   float* norm_k = nullptr;     // [num_pages, Hkv, P]
   float* gate_pool = nullptr;  // [num_pages, Hkv, P/64, 3, D]  maximum, minimum, mean: gate_pools_cuda
-  float* gate_sum = nullptr;  // [num_pages, Hkv, D]  running sums of the block of 64 tokens that is open; nobody else's
+  float* gate_sum = nullptr;   // [num_pages, Hkv, P/64, D]  running sums, for gate_pools_cuda alone
 };
 
 /// Weights of SeerAttention's gates for one layer (GateWeights), device pointers.

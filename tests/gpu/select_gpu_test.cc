@@ -115,7 +115,8 @@ TEST(SummariesGpu, RecordsAreTheCaches) {
         const std::int64_t elements = std::int64_t{options.num_pages} * kHeads * p * dim;
         const std::int32_t granules = p / granule_tokens(p);
         DeviceBuffer k(elements * 2), sub_means(elements / granule_tokens(p) * 2), norms(elements / dim * 4),
-            gate_pool(pools ? elements / kGateBlockTokens * 12 : 4), gate_sum(elements / p * 4);
+            gate_pool(pools ? elements / kGateBlockTokens * 12 : 4),
+            gate_sum(pools ? elements / kGateBlockTokens * 4 : 4);
         std::int32_t start = 0;
         for (const std::int32_t tokens : {5, 130, 1, 27, 300, 64, 100}) {
           std::vector<float> rows(static_cast<std::size_t>(tokens * kHeads * dim));
@@ -686,6 +687,7 @@ TEST(TwinsGpu, RefusalsNameTheField) {
   const auto expect = [&](StatusCode code, const char* message, const char* name, auto&& spoil) {
     SelectorOptions options;
     options.name = name;
+    if (options.name == "seer") options.seer.gates = made_gates(c.spec, true);
     TwinStep step(c, options);
     expect_ok(step.plan());
     spoil(step, options);
@@ -696,11 +698,8 @@ TEST(TwinsGpu, RefusalsNameTheField) {
   };
   constexpr StatusCode kWrong = StatusCode::kInvalidArgument, kMissing = StatusCode::kUnsupported;
   expect(kWrong, "no gates", "oracle", [](TwinStep&, SelectorOptions& s) { s.name = "seer"; });
-  expect(kWrong, "q_pre is null", "oracle", [&](TwinStep& t, SelectorOptions& s) {
-    s.name = "seer";
-    s.seer.gates = made_gates(c.spec, true);
-    t.select.q_pre = nullptr;
-  });
+  expect(kWrong, "q_pre is null", "seer", [](TwinStep& t, SelectorOptions&) { t.select.q_pre = nullptr; });
+  expect(kWrong, "gates.key is null", "seer", [](TwinStep& t, SelectorOptions&) { t.select.gates.key = nullptr; });
   expect(kMissing, "probe rows", "sub-mean", [](TwinStep&, SelectorOptions& s) { s.sub_mean.probe_stride = 8; });
   expect(kMissing, "mean-key: alpha is 0.1", "mean-key",
          [](TwinStep&, SelectorOptions& s) { s.mean_key.alpha = 0.1F; });

@@ -2,8 +2,9 @@
 // src/kv/page_summary.cc. A CTA per (chunk, run of tokens that it touches).
 //
 //   means   of granules that a chunk completes: a thread per two channels of a head, tokens in order
-//   norms   of keys: 16 lanes, lane i the channels i, i + 16, ..., then a tree; products are rounded before they are added
-//   pools   of blocks of 64 keys before RoPE: a thread per channel. Earlier tokens of an open block are not there any
+//   norms   of keys: 16 lanes, lane i the channels i, i + 16, ..., then a tree; products are rounded before they are
+//   added pools   of blocks of 64 keys before RoPE: a thread per channel. Earlier tokens of an open block are not there
+//   any
 //           more: it goes on from its pools and a running sum
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
@@ -111,13 +112,12 @@ __global__ void __launch_bounds__(kThreads, 2) gate_pools_kernel(PageSummariesAr
   const std::int32_t dim = kv.head_dim, page_blocks = kv.page_tokens / kGateBlockTokens;
   for (auto i = static_cast<std::int32_t>(threadIdx.x); i < kv.num_kv_heads * dim; i += kThreads) {
     const std::int32_t head = i / dim, d = i % dim;
-    const std::int64_t record = std::int64_t{run.page} * kv.num_kv_heads + head;
-    float* const pool = args.gate_pool + (record * page_blocks + run.first / kGateBlockTokens) * 3 * dim + d;
+    const std::int64_t record =
+        (std::int64_t{run.page} * kv.num_kv_heads + head) * page_blocks + run.first / kGateBlockTokens;
+    float* const pool = args.gate_pool + record * 3 * dim + d;
     float* const open_sum = args.gate_sum + record * dim + d;
     const auto* from = static_cast<const std::uint16_t*>(kv.k) + run.page * kv.page_stride + head * kv.head_stride + d;
-    const auto key = [&](std::int32_t t) {
-      return ptx::unpack_pair<kType>(from[(run.first + t) * kv.token_stride]).x;
-    };
+    const auto key = [&](std::int32_t t) { return ptx::unpack_pair<kType>(from[(run.first + t) * kv.token_stride]).x; };
     std::int32_t t = run.touched;
     float sum, largest, smallest;
     if (t == 0) {
