@@ -100,10 +100,12 @@ struct StepCase {
     host.num_physical_pages = input.num_pages;
     host.forced = input.forced;
     host.options = input.options;
-    mask.reset(input.num_kv_heads, input.page_tokens, host_chunks, make_query_blocks(host_chunks, block_tokens()));
+    mask.reset(input.mask_heads == 0 ? input.num_kv_heads : input.mask_heads, input.page_tokens, host_chunks,
+               make_query_blocks(host_chunks, block_tokens()));
   }
 
   std::int32_t block_tokens() const {
+    if (input.block_tokens > 0) return input.block_tokens;
     return mean_key_block_tokens(TileShape::kPacked, input.num_q_heads / input.num_kv_heads, input.page_tokens);
   }
 
@@ -153,14 +155,14 @@ struct StepCase {
   std::string text() const {
     std::string list;
     for (const CudaChunk& c : chunks) list += fmt::format(" ({}, {})", c.chunk_start, c.chunk_tokens);
-    return fmt::format("Hq {} Hkv {} P {} mode {} heads_per_unit {} span {} sink {} window {} (S, C):{}",
-                       input.num_q_heads, input.num_kv_heads, input.page_tokens, union_mode_name(input.options.mode),
-                       input.options.heads_per_unit, input.options.span_tokens, input.forced.sink_tokens,
-                       input.forced.window_tokens, list);
+    return fmt::format("Hq {} Hkv {} mask {} x {} P {} mode {} heads_per_unit {} span {} sink {} window {} (S, C):{}",
+                       input.num_q_heads, input.num_kv_heads, mask.mask_heads, block_tokens(), input.page_tokens,
+                       union_mode_name(input.options.mode), input.options.heads_per_unit, input.options.span_tokens,
+                       input.forced.sink_tokens, input.forced.window_tokens, list);
   }
 };
 
-/// Every group size and mode; empty pasts, empty chunks, chunks inside a page and of one token.
+/// Every group size, mode, and shape of the mask; empty pasts, empty chunks, chunks inside a page and of one token.
 inline void make_random_step(StepCase& c, StepRandom& random) {
   const std::int32_t group = random.pick({1, 2, 4, 7, 8, 25});
   CudaStepInput& input = c.input;
@@ -173,6 +175,8 @@ inline void make_random_step(StepCase& c, StepRandom& random) {
   options.heads_per_unit = random.below(2) == 0 ? 0 : group;
   if (group == 8 && random.below(2) == 0) options.heads_per_unit = random.pick({1, 2, 4});
   if (options.mode == UnionMode::kAdaptive && random.below(3) == 0) options.heads_per_unit = kCheapestHeads;
+  if (options.heads_per_unit != kCheapestHeads) input.mask_heads = random.pick({0, input.num_q_heads});
+  input.block_tokens = random.pick({0, 0, p, 16, 64, 1});
   options.span_tokens = random.pick({1, 5, 16, 60, 128});
   options.max_inflation_1024ths = random.pick({0, 0, 1024, 1200, 4000});
   if (random.below(2) == 0) options.cost = {1024, random.below(4000), random.below(4000), random.below(20000)};

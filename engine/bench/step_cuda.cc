@@ -60,7 +60,8 @@ class StepBench {
     if (!dense) {
       times.select = seconds(time_runs([&](int i) {
         const StepSet& s = set_of(i);
-        check(select_mean_key_cuda(s.step, s.layer.select, s.mask, nullptr, s.workspace, s.workspace_bytes, nullptr));
+        check(
+            select_cuda(s.step, s.layer.select, s.mask, nullptr, s.workspace, s.workspace_bytes, nullptr, 0, nullptr));
       }));
     }
     times.unite = seconds(time_runs([&](int i) {
@@ -136,11 +137,11 @@ class StepBench {
     auto* mean_tokens = static_cast<std::int32_t*>(take(memory_, std::int64_t{in.kv.num_pages} * 4));
     check(page_means_cuda(s.step, in.kv, means, mean_tokens, nullptr));
     s.step.mean_tokens = mean_tokens;
-    CudaMeanKeyInput& keys = s.layer.select;
+    CudaSelectInput& keys = s.layer.select;
     keys.q = in.q;
     keys.q_token_stride = in.q_token_stride;
     keys.q_head_stride = in.q_head_stride;
-    keys.mean_k = means;
+    keys.summaries.mean_k = means;
     keys.dtype = in.kv.dtype;
     keys.head_dim = c.head_dim;
     keys.softmax_scale = in.softmax_scale;

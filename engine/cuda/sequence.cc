@@ -50,20 +50,38 @@ Status CudaSequence::allocate() {
   const std::int64_t page_elements = std::int64_t{c.num_key_value_heads} * o.page_tokens * c.head_dim;
   const std::int64_t q_width = std::int64_t{c.num_attention_heads} * c.head_dim;
   const std::int64_t kv_width = std::int64_t{c.num_key_value_heads} * c.head_dim;
-  if (!selects_on_gpu(o.sparsity)) {
-    CA_ASSIGN_OR_RETURN(host_selector_, make_selector(o.sparsity.selector));
-    CA_ASSIGN_OR_RETURN(mirror_, HostMirror::create(c, o, either(host_selector_->needs().summaries, o.extra)));
+  CA_ASSIGN_OR_RETURN(std::unique_ptr<Selector> selector, make_selector(o.sparsity.selector));
+  SummaryFields kept = selector->needs().summaries;  // on the device
+  if (selects_on_gpu(o.sparsity)) {
+    CA_ASSIGN_OR_RETURN(
+        mask_shape_, cuda_mask_shape(o.sparsity.selector, c.num_attention_heads, c.num_key_value_heads, o.page_tokens));
+  } else {
+    CA_ASSIGN_OR_RETURN(mirror_, HostMirror::create(c, o, either(kept, o.extra)));
+    host_selector_ = std::move(selector);
     mirrors_ = true;
+    kept = {};
   }
-  const bool keeps_means = o.sparsity.selector.name == "mean-key" && !mirrors_;
   const auto take = [](DeviceBuffer& buffer, std::int64_t bytes, std::string_view what) -> Status {
     CA_ASSIGN_OR_RETURN(buffer, DeviceBuffer::create(bytes, what));
     return {};
   };
   const std::string cache = fmt::format("a KV cache of {} tokens", std::int64_t{o.num_pages} * o.page_tokens);
   CA_RETURN_IF_ERROR(take(kv_, 2 * 2 * c.num_hidden_layers * o.num_pages * page_elements, cache));
-  if (keeps_means) {
-    CA_RETURN_IF_ERROR(take(mean_k_, 2 * kv_width * c.num_hidden_layers * o.num_pages, "page means"));
+  const std::int64_t records = std::int64_t{c.num_hidden_layers} * o.num_pages;
+  if (kept.mean_k) CA_RETURN_IF_ERROR(take(mean_k_, 2 * kv_width * records, "page means"));
+  if (kept.sub_mean_k) {
+    const std::int32_t granules = o.page_tokens / granule_tokens(o.page_tokens);
+    CA_RETURN_IF_ERROR(take(sub_mean_k_, 2 * kv_width * granules * records, "means of granules"));
+  }
+  if (kept.norm_k) {
+    const std::int64_t page_keys = std::int64_t{c.num_key_value_heads} * o.page_tokens;
+    CA_RETURN_IF_ERROR(take(norm_k_, 4 * page_keys * records, "key norms"));
+  }
+  if (kept.gate_pool) {
+    const std::int64_t sums = kv_width * (o.page_tokens / kGateBlockTokens) * records;
+    CA_RETURN_IF_ERROR(take(gate_pool_, 3 * 4 * sums, "gate pools"));
+    CA_RETURN_IF_ERROR(take(gate_sum_, 4 * sums, "gate pools"));
+    CA_RETURN_IF_ERROR(take(q_pre_, rows * q_width * 2, "activations"));
   }
   CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{o.num_pages} * 4, "page means"));
   CA_RETURN_IF_ERROR(take(page_table_, std::int64_t{o.num_pages} * 4, "a page table"));
@@ -83,10 +101,9 @@ Status CudaSequence::allocate() {
   const auto most = [&](auto CudaStepSizes::*field) {
     return std::max(static_cast<std::int64_t>(sparse.*field), static_cast<std::int64_t>(dense.*field));
   };
-  const std::int64_t mask_words = most(&CudaStepSizes::mask_words);
   CA_RETURN_IF_ERROR(take(errors_, 8, "error codes"));
-  CA_RETURN_IF_ERROR(take(mask_, mask_words * 8, "page masks"));
-  CA_RETURN_IF_ERROR(take(all_pages_, mask_words * 8, "page masks"));
+  CA_RETURN_IF_ERROR(take(mask_, sparse.mask_words * 8, "page masks"));
+  CA_RETURN_IF_ERROR(take(all_pages_, dense.mask_words * 8, "page masks"));
   CA_RETURN_IF_ERROR(
       take(units_, most(&CudaStepSizes::max_units) * std::int64_t{sizeof(AttentionUnit)}, "attention units"));
   CA_RETURN_IF_ERROR(take(num_units_, 4, "attention units"));
@@ -102,10 +119,7 @@ Status CudaSequence::allocate() {
   }
   CA_RETURN_IF_ERROR(take(attention_workspace_, attention_bytes, "the attention's workspace"));
   CA_ASSIGN_OR_RETURN(log_, LayerLog::create(c.num_hidden_layers, sparse.num_stats, stream_));
-  if (o.sparsity.selector.name == "random") {
-    CA_ASSIGN_OR_RETURN(random_masks_,
-                        RandomMasks::create(o.sparsity.selector, o.sparsity.forced, c.num_hidden_layers, mask_words));
-  }
+  if (host_selector_ == nullptr) CA_RETURN_IF_ERROR(prepare_selection(context));
 
   std::vector<std::int32_t> pages(static_cast<std::size_t>(o.num_pages));
   std::iota(pages.begin(), pages.end(), 0);
@@ -122,11 +136,46 @@ Status CudaSequence::allocate() {
   return stream_.synchronize("clearing memory");
 }
 
+// What a selection on the GPU takes: thresholds per head, gates, and scores of the longest chunk on the longest
+// context.
+Status CudaSequence::prepare_selection(std::int32_t context) {
+  const HeadThresholds& table = options_.sparsity.selector.thresholds;
+  if (!table.empty()) {
+    if (table.num_layers != config_->num_hidden_layers || table.num_heads != mask_shape_.mask_heads) {
+      return invalid_argument(
+          fmt::format("thresholds for {} layers x {} heads\n  allowed: {} x {}, the model's layers "
+                      "and the heads of the selector's mask",
+                      table.num_layers, table.num_heads, config_->num_hidden_layers, mask_shape_.mask_heads));
+    }
+    const std::size_t bytes = table.values.size() * sizeof(float);
+    CA_ASSIGN_OR_RETURN(thresholds_, DeviceBuffer::create(static_cast<std::int64_t>(bytes), "thresholds"));
+    CA_RETURN_IF_ERROR(
+        cuda_status(cudaMemcpy(thresholds_.data(), table.values.data(), bytes, cudaMemcpyHostToDevice), "thresholds"));
+  }
+  if (gate_pool_.bytes() > 0) {
+    const GateWeights& gates = *options_.sparsity.selector.seer.gates;
+    if (gates.num_layers != config_->num_hidden_layers) {
+      return invalid_argument(
+          fmt::format("gates of {} layers\n  allowed: {}, the model's", gates.num_layers, config_->num_hidden_layers));
+    }
+    std::vector<float> all = gates.key;
+    all.insert(all.end(), gates.query.begin(), gates.query.end());
+    all.insert(all.end(), gates.inverse_frequencies.begin(), gates.inverse_frequencies.end());
+    const std::size_t bytes = all.size() * sizeof(float);
+    CA_ASSIGN_OR_RETURN(gates_, DeviceBuffer::create(static_cast<std::int64_t>(bytes), "gates"));
+    CA_RETURN_IF_ERROR(cuda_status(cudaMemcpy(gates_.data(), all.data(), bytes, cudaMemcpyHostToDevice), "gates"));
+  }
+  CA_ASSIGN_OR_RETURN(const std::int64_t bytes, select_cuda_bytes(step_input(options_.max_chunk_tokens, context, false),
+                                                                  select_input(options_.max_chunk_tokens, 0)));
+  CA_ASSIGN_OR_RETURN(select_workspace_, DeviceBuffer::create(bytes, "scores of pages"));
+  return {};
+}
+
 CudaStepInput CudaSequence::step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const {
   const ModelConfig& c = *config_;
   return {.chunks = input_.as<CudaChunk>(),
           .page_tables = page_table_.as<std::int32_t>(),
-          .mean_tokens = dense || mean_k_.bytes() == 0 ? nullptr : mean_tokens_.as<std::int32_t>(),
+          .mean_tokens = dense || kept_bytes() == 0 ? nullptr : mean_tokens_.as<std::int32_t>(),
           .page_table_stride = options_.num_pages,
           .num_table_rows = 1,
           .num_chunks = 1,
@@ -136,6 +185,8 @@ CudaStepInput CudaSequence::step_input(std::int32_t rows, std::int32_t context_t
           .num_kv_heads = c.num_key_value_heads,
           .page_tokens = options_.page_tokens,
           .num_pages = options_.num_pages,
+          .mask_heads = dense ? 0 : mask_shape_.mask_heads,
+          .block_tokens = dense ? 0 : mask_shape_.block_tokens,
           .forced = options_.sparsity.forced,
           .options = dense ? dense_union(c.num_attention_heads / c.num_key_value_heads) : options_.sparsity.unite};
 }
@@ -157,10 +208,50 @@ PagedKvView CudaSequence::layer_view(std::int32_t layer) const noexcept {
           .token_stride = c.head_dim};
 }
 
-Bf16Bits* CudaSequence::layer_means(std::int32_t layer) const noexcept {
-  if (mean_k_.bytes() == 0) return nullptr;
-  return mean_k_.as<Bf16Bits>() +
-         std::int64_t{layer} * options_.num_pages * config_->num_key_value_heads * config_->head_dim;
+CudaPageSummaries CudaSequence::layer_summaries(std::int32_t layer) const noexcept {
+  const auto at = [&](const DeviceBuffer& buffer) -> char* {  // every layer has as many bytes
+    return buffer.bytes() == 0 ? nullptr : buffer.as<char>() + buffer.bytes() / config_->num_hidden_layers * layer;
+  };
+  return {.mean_k = at(mean_k_),
+          .sub_mean_k = at(sub_mean_k_),
+          .norm_k = reinterpret_cast<float*>(at(norm_k_)),
+          .gate_pool = reinterpret_cast<float*>(at(gate_pool_)),
+          .gate_sum = reinterpret_cast<float*>(at(gate_sum_))};
+}
+
+// Those of the mirror too: they are kept for the selector or an observer, wherever they lie.
+std::int64_t CudaSequence::summary_bytes() const noexcept {
+  return kept_bytes() + (mirrors_ ? mirror_.cache().summary_bytes() : 0);
+}
+
+CudaSelectInput CudaSequence::select_input(std::int32_t rows, std::int32_t layer) const noexcept {
+  const CudaAttentionInput queries = attention_input(rows, layer, {});
+  const float* const thresholds =
+      thresholds_.bytes() == 0 ? nullptr : thresholds_.as<float>() + std::int64_t{layer} * mask_shape_.mask_heads;
+  CudaGates gates;
+  if (gates_.bytes() > 0) {
+    const GateWeights& host = *options_.sparsity.selector.seer.gates;
+    const auto keys = std::ssize(host.key), from_queries = std::ssize(host.query);
+    const auto* const all = gates_.as<float>();
+    gates.key = all + keys / host.num_layers * layer;
+    gates.query = host.query.empty() ? nullptr : all + keys + from_queries / host.num_layers * layer;
+    gates.inverse_frequencies = all + keys + from_queries;
+  }
+  return {.options = &options_.sparsity.selector,
+          .q = queries.q,
+          .q_token_stride = queries.q_token_stride,
+          .q_head_stride = queries.q_head_stride,
+          .dtype = queries.kv.dtype,
+          .head_dim = config_->head_dim,
+          .softmax_scale = queries.softmax_scale,
+          .kv = queries.kv,
+          .summaries = layer_summaries(layer),
+          .q_pre = q_pre_.data(),
+          .q_pre_token_stride = std::int64_t{config_->num_attention_heads} * config_->head_dim,
+          .q_pre_head_stride = config_->head_dim,
+          .gates = gates,
+          .layer = layer,
+          .head_thresholds = thresholds};
 }
 
 CudaAttentionInput CudaSequence::attention_input(std::int32_t rows, std::int32_t layer,
@@ -225,7 +316,6 @@ Result<CudaSequence::Chunk> CudaSequence::begin_chunk(std::span<const std::int32
   chunk.step = step_input(chunk.rows, static_cast<std::int32_t>(context), chunk.reason != DenseReason::kNone);
   CA_ASSIGN_OR_RETURN(chunk.sizes, step_cuda_sizes(chunk.step));
   CA_RETURN_IF_ERROR(log_.begin_chunk(stream_));
-  if (options_.sparsity.selector.name == "random") CA_RETURN_IF_ERROR(random_masks_.begin_chunk());
   if (mirrors_ && chunk.reason != DenseReason::kRequested) {
     CA_RETURN_IF_ERROR(mirror_.begin_chunk(chunk.start, chunk.rows));
   }
@@ -273,32 +363,55 @@ Status CudaSequence::run_layer(const Chunk& chunk, std::int32_t layer, ThreadPoo
                  Gemm::Output::kBf16Accumulate);
 }
 
-Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+// Queries and keys normed and rotated, K and V into pages, and what selectors read beside them.
+Status CudaSequence::append(const Chunk& chunk, std::int32_t layer) {
   const ModelConfig& c = *config_;
   const CudaBlock& block = model_->weights().blocks()[static_cast<std::size_t>(layer)];
   const PagedKvView kv = layer_view(layer);
+  const CudaPageSummaries summaries = layer_summaries(layer);
   auto* const q = qkv_.as<Bf16Bits>();  // [C, Hq + 2 Hkv, D]
   auto* const k = q + std::int64_t{c.num_attention_heads} * c.head_dim;
   auto* const v = k + std::int64_t{c.num_key_value_heads} * c.head_dim;
   const std::int64_t token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim;
-  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
-  const CudaAppendInput append{.q = q,
-                               .q_token_stride = token_stride,
-                               .q_head_stride = c.head_dim,
-                               .k = k,
-                               .k_token_stride = token_stride,
-                               .k_head_stride = c.head_dim,
-                               .v = v,
-                               .v_token_stride = token_stride,
-                               .v_head_stride = c.head_dim,
-                               .rope_table = rope_.as<float>(),
-                               .q_norm = block.q_norm,
-                               .k_norm = block.k_norm,
-                               .norm_eps = static_cast<float>(c.rms_norm_eps)};
+  CudaAppendInput append{.q = q,
+                         .q_token_stride = token_stride,
+                         .q_head_stride = c.head_dim,
+                         .k = k,
+                         .k_token_stride = token_stride,
+                         .k_head_stride = c.head_dim,
+                         .v = v,
+                         .v_token_stride = token_stride,
+                         .v_head_stride = c.head_dim,
+                         .rope_table = rope_.as<float>(),
+                         .q_norm = block.q_norm,
+                         .k_norm = block.k_norm,
+                         .norm_eps = static_cast<float>(c.rms_norm_eps)};
+  if (summaries.gate_pool != nullptr) {
+    // Gates read both before RoPE: keys lie in the pages for a moment as normed, queries are normed for good.
+    CudaAppendInput normed = append;
+    normed.rope_table = nullptr;
+    CA_RETURN_IF_ERROR(append_cuda(chunk.step, normed, kv, nullptr, nullptr, stream_.get()));
+    CA_RETURN_IF_ERROR(gate_pools_cuda(chunk.step, kv, summaries, stream_.get()));
+    const std::size_t row_bytes = static_cast<std::size_t>(c.num_attention_heads * c.head_dim) * sizeof(Bf16Bits);
+    CA_RETURN_IF_ERROR(cuda_status(
+        cudaMemcpy2DAsync(q_pre_.data(), row_bytes, q, static_cast<std::size_t>(token_stride) * sizeof(Bf16Bits),
+                          row_bytes, static_cast<std::size_t>(chunk.rows), cudaMemcpyDeviceToDevice, stream_.get()),
+        "queries before RoPE"));
+    append.q_norm = nullptr;
+  }
   CA_RETURN_IF_ERROR(
-      append_cuda(chunk.step, append, kv, layer_means(layer), mean_tokens_.as<std::int32_t>(), stream_.get()));
+      append_cuda(chunk.step, append, kv, summaries.mean_k, mean_tokens_.as<std::int32_t>(), stream_.get()));
+  return page_summaries_cuda(chunk.step, kv, summaries, stream_.get());
+}
+
+Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const ModelConfig& c = *config_;
+  const PagedKvView kv = layer_view(layer);
+  const CudaAttentionInput queries = attention_input(chunk.rows, layer, {});
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
+  CA_RETURN_IF_ERROR(append(chunk, layer));
   if (mirrors_ && chunk.reason != DenseReason::kRequested) {
-    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, q, token_stride, kv, stream_, pool));
+    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, queries.q, queries.q_token_stride, kv, stream_, pool));
     if (observer_) {
       CA_RETURN_IF_ERROR(observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(c), pool}));
     }
@@ -336,22 +449,9 @@ Result<CudaSequence::Lists> CudaSequence::choose_pages(const Chunk& chunk, std::
   }
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kSelect, stream_.get()));
   if (host_selector_ != nullptr) return choose_on_host(chunk, layer, pool);
-  const SelectorOptions& selector = options_.sparsity.selector;
-  if (selector.name == "random") {
-    CA_RETURN_IF_ERROR(random_masks_.upload(layer, chunk.start, chunk.step, chunk.sizes, mask_.as<std::uint64_t>(),
-                                            pool, stream_.get()));
-  } else {
-    const CudaAttentionInput rows = attention_input(chunk.rows, layer, {});
-    const CudaMeanKeyInput select{.q = rows.q,
-                                  .q_token_stride = rows.q_token_stride,
-                                  .q_head_stride = rows.q_head_stride,
-                                  .mean_k = layer_means(layer),
-                                  .head_dim = config_->head_dim,
-                                  .softmax_scale = rows.softmax_scale,
-                                  .options = selector.mean_key};
-    CA_RETURN_IF_ERROR(select_mean_key_cuda(chunk.step, select, mask_.as<std::uint64_t>(), log_.nonfinite_rows(layer),
-                                            step_workspace_.data(), step_workspace_.bytes(), stream_.get()));
-  }
+  CA_RETURN_IF_ERROR(select_cuda(chunk.step, select_input(chunk.rows, layer), mask_.as<std::uint64_t>(),
+                                 log_.nonfinite_rows(layer), step_workspace_.data(), step_workspace_.bytes(),
+                                 select_workspace_.data(), select_workspace_.bytes(), stream_.get()));
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
   log_.count(layer, DenseReason::kNone, nullptr);
   CA_RETURN_IF_ERROR(unite(chunk, mask_, log_.stats(layer)));

@@ -2,7 +2,7 @@
 ///
 /// A chunk is queued without waiting for the device: append -> [select -> lists] -> attend per layer, between products
 /// and norms. The host waits where it reads: for logits, for reports, while pages are traced for a picture, and in
-/// every layer if a selector runs on the CPU or somebody observes (host_mirror.h).
+/// every layer if a selector has no CUDA twin or somebody observes (host_mirror.h).
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@
 
 #include "compact/append_cuda.h"
 #include "compact/attention_cuda.h"
+#include "compact/select_cuda.h"
 #include "compact/step_cuda.h"
 #include "engine/cuda/device.h"
 #include "engine/cuda/host_mirror.h"
 #include "engine/cuda/layer_log.h"
-#include "engine/cuda/random_masks.h"
 #include "engine/cuda/transformer.h"
 #include "engine/model/model.h"
 
@@ -32,7 +32,7 @@ class CudaSequence final : public Sequence {
   [[nodiscard]] Result<std::vector<LayerReport>> take_reports() override;
   [[nodiscard]] Status observe(AttentionObserver observer) override;
   [[nodiscard]] std::int64_t kv_bytes() const noexcept override { return kv_.bytes(); }
-  [[nodiscard]] std::int64_t summary_bytes() const noexcept override { return mean_k_.bytes(); }
+  [[nodiscard]] std::int64_t summary_bytes() const noexcept override;
 
  private:
   /// What all layers of a chunk share.
@@ -55,10 +55,15 @@ class CudaSequence final : public Sequence {
       : model_(&model), config_(&model.config()), options_(options), stream_(std::move(stream)) {}
 
   [[nodiscard]] Status allocate();
+  [[nodiscard]] Status prepare_selection(std::int32_t context);
   [[nodiscard]] Status grow(DeviceBuffer& buffer, std::int64_t bytes, std::string_view what);
   [[nodiscard]] CudaStepInput step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const;
   [[nodiscard]] PagedKvView layer_view(std::int32_t layer) const noexcept;
-  [[nodiscard]] Bf16Bits* layer_means(std::int32_t layer) const noexcept;  // null: none are kept
+  [[nodiscard]] std::int64_t kept_bytes() const noexcept {  // of summaries on the device
+    return mean_k_.bytes() + sub_mean_k_.bytes() + norm_k_.bytes() + gate_pool_.bytes() + gate_sum_.bytes();
+  }
+  [[nodiscard]] CudaPageSummaries layer_summaries(std::int32_t layer) const noexcept;
+  [[nodiscard]] CudaSelectInput select_input(std::int32_t rows, std::int32_t layer) const noexcept;
   [[nodiscard]] CudaAttentionInput attention_input(std::int32_t rows, std::int32_t layer,
                                                    const Lists& lists) const noexcept;
   [[nodiscard]] Lists device_lists(const CudaStepSizes& sizes) const noexcept {
@@ -67,6 +72,7 @@ class CudaSequence final : public Sequence {
 
   [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::int32_t> tokens, bool dense);
   [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status append(const Chunk& chunk, std::int32_t layer);
   [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Result<Lists> choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats);
@@ -83,7 +89,7 @@ class CudaSequence final : public Sequence {
   Stream stream_;
   std::int32_t length_ = 0;  // tokens in the cache
   LayerLog log_;
-  RandomMasks random_masks_;
+  CudaMaskShape mask_shape_;                 // of the selector, if the GPU selects
   std::unique_ptr<Selector> host_selector_;  // null: the GPU selects
   HostMirror mirror_;
   bool mirrors_ = false;  // a host selector or an observer needs it
@@ -93,7 +99,11 @@ class CudaSequence final : public Sequence {
 
   // The cache: logical page j of the one request is physical page j.
   DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]
-  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; empty without a selector that reads it
+  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next four empty unless the selector reads it
+  DeviceBuffer sub_mean_k_;   // bf16 [layers, num_pages, Hkv, P/w, D]
+  DeviceBuffer norm_k_;       // [layers, num_pages, Hkv, P]
+  DeviceBuffer gate_pool_;    // [layers, num_pages, Hkv, P/64, 3, D]
+  DeviceBuffer gate_sum_;     // [layers, num_pages, Hkv, P/64, D]
   DeviceBuffer mean_tokens_;  // [num_pages]
   DeviceBuffer page_table_;   // [num_pages]
 
@@ -104,19 +114,23 @@ class CudaSequence final : public Sequence {
   DeviceBuffer normed_;    // bf16 [C, hidden]
   DeviceBuffer qkv_;       // bf16 [C, Hq + 2 Hkv, D]
   DeviceBuffer attended_;  // bf16 [C, Hq, D]
+  DeviceBuffer q_pre_;     // bf16 [C, Hq, D]  before RoPE, of seer alone
   DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
   DeviceBuffer mlp_;       // bf16 [C, intermediate]
   DeviceBuffer logits_;    // fp32 [1 or C, vocab]
 
   // The step.
-  DeviceBuffer errors_;     // CudaStepError, CudaAttentionError
-  DeviceBuffer mask_;       // [Hkv, blocks, words]
-  DeviceBuffer all_pages_;  // the same, all bits set: dense
+  DeviceBuffer errors_;      // CudaStepError, CudaAttentionError
+  DeviceBuffer gates_;       // of seer: keys, queries of all layers, then frequencies
+  DeviceBuffer thresholds_;  // [layers, mask heads] or empty
+  DeviceBuffer mask_;        // [mask heads, blocks, words]
+  DeviceBuffer all_pages_;   // [Hkv, blocks, words], all bits set: dense
   DeviceBuffer units_;
   DeviceBuffer num_units_;
   DeviceBuffer page_ids_;
   DeviceBuffer dense_stats_;  // sums of lists that the host knows already
   DeviceBuffer step_workspace_;
+  DeviceBuffer select_workspace_;
   DeviceBuffer attention_workspace_;
   DeviceBuffer gemm_workspace_;
 };

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "compact/select_cuda.h"
 #include "engine/cuda/cuda_model.h"
 
 namespace compact::engine {
@@ -28,13 +29,12 @@ Status check_backend_options(Backend backend, DType kv_dtype) {
 }
 
 bool selects_on_gpu(const SparsityOptions& options) {
-  const SelectorOptions& selector = options.selector;
-  if (selector.name == "dense" || selector.name == "random") return true;
-  const MeanKeyOptions& rule = selector.mean_key;
-  const MeanKeyOptions known;
-  return selector.name == "mean-key" && selector.budget.kind == BudgetKind::kNative && selector.budget.min_pages == 0 &&
-         selector.budget.max_pages == 0 && selector.thresholds.empty() && rule.alpha < 0 && rule.tile == known.tile &&
-         rule.visible == known.visible && rule.norm == known.norm && rule.vote == known.vote;
+  // Any model with groups will do; gates know theirs.
+  const GateWeights* const gates = options.selector.name == "seer" ? options.selector.seer.gates.get() : nullptr;
+  const std::int32_t q_heads = gates == nullptr ? 2 : gates->num_q_heads;
+  const std::int32_t kv_heads = gates == nullptr ? 1 : gates->num_kv_heads;
+  const Result<CudaMaskShape> shape = cuda_mask_shape(options.selector, q_heads, kv_heads, 128);
+  return shape.ok() && (shape->mask_heads == kv_heads || options.unite.heads_per_unit != kCheapestHeads);
 }
 
 }  // namespace compact::engine

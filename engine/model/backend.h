@@ -22,8 +22,8 @@ enum class Backend : std::int32_t {
 /// Whether a backend can store K and V so. Errors: kUnsupported with the value seen and what is allowed.
 [[nodiscard]] Status check_backend_options(Backend backend, DType kv_dtype);
 
-/// Whether the cuda backend has this selector and rule itself. The others run on the CPU, on a copy of the cache: every
-/// layer waits for it, and the report says so (LayerReport::selected_on_host).
+/// Whether the cuda backend has this selector, rule and union of its rows itself. The others run on the CPU, on a copy
+/// of the cache: every layer waits for it, and the report says so (LayerReport::selected_on_host).
 [[nodiscard]] bool selects_on_gpu(const SparsityOptions& options);
 
 }  // namespace compact::engine

@@ -136,7 +136,7 @@ ca_status ca_attention_cuda_workspace(const ca_attention* attention, const ca_cu
 ca_status ca_attention_run_cuda(const ca_attention* attention, const ca_cuda_options* options, void* workspace,
                                 int64_t workspace_bytes, void* stream);
 
-/* ---- the sparse step of a layer on a GPU: selection by mean keys, union, page lists, attention ---- */
+/* ---- the sparse step of a layer on a GPU: selection, union, page lists, attention ---- */
 
 /* A request's part of a step. Arrays of it lie in device memory: 16 bytes, fixed. */
 typedef struct ca_step_chunk {
@@ -149,6 +149,22 @@ typedef struct ca_step_chunk {
 /* Which query rows share a page list: the chunk, span_tokens, 128 packed rows, or what the cost model joins of these.
  */
 enum { CA_UNION_PAPER = 0, CA_UNION_SPAN = 1, CA_UNION_TILE = 2, CA_UNION_ADAPTIVE = 3 };
+
+/* Who selects: docs/design/method.md section 3. CA_SELECTOR_STATIC selects nothing beside sink and window. */
+enum {
+  CA_SELECTOR_MEAN_KEY = 0,
+  CA_SELECTOR_STATIC = 1,
+  CA_SELECTOR_ORACLE = 2,
+  CA_SELECTOR_SUB_MEAN = 3,
+  CA_SELECTOR_XATTENTION = 4,
+  CA_SELECTOR_QUOKA = 5,
+  CA_SELECTOR_RANDOM = 6,
+  CA_SELECTOR_EXTERNAL = 7 /* mask_words */
+};
+
+/* How rows of scores become rows of the mask: the selector's own rule, pages of a score, the best pages, pages of so
+ * much of the row's sum, pages until the chunk's density. */
+enum { CA_BUDGET_NATIVE = 0, CA_BUDGET_THRESHOLD = 1, CA_BUDGET_TOP = 2, CA_BUDGET_MASS = 3, CA_BUDGET_DENSITY = 4 };
 
 /* Why a chunk read every page. */
 enum {
@@ -214,13 +230,41 @@ typedef struct ca_step {
   uint64_t* nonfinite_rows; /* [1] or NULL: rows of NaN or infinite scores are added; their tiles keep all pages */
   float softmax_scale;      /* above 0 */
   float share;              /* a page is wanted with this share of a row's softmax over mean keys, or */
-  float lift;               /* with lift / pages, whichever is more */
+  float lift;               /* with lift / pages, whichever is more; the same of sub-mean's scores */
   int32_t backend;          /* CA_CUDA_BACKEND_... */
+
+  /* All 0: mean-key by its own rule. */
+  int32_t selector; /* CA_SELECTOR_... */
+  int32_t budget;   /* CA_BUDGET_...; not for mean-key, static and external */
+  float budget_value;
+  int32_t min_pages; /* of a row; 0: off */
+  int32_t max_pages;
+  int32_t layer;        /* of random: another layer, other pages */
+  int32_t mask_heads;   /* of external: rows of the mask per query block, Hq or Hkv; 0: Hkv */
+  int32_t block_tokens; /* of external: tokens of a query block; 0: 128 * Hkv / Hq, a power of two within a page */
+  uint64_t seed;        /* of random */
+  const float* head_thresholds; /* [mask heads] or NULL: in place of share, mass, budget_value, ... */
+  const void* sub_mean_k;       /* [num_pages, Hkv, P / w, D] of sub-mean: means of w = min(32, P) tokens */
+  const float* norm_k;          /* [num_pages, Hkv, P] of quoka: norms of the keys */
+  const uint64_t* mask_words;   /* [mask heads, query blocks at most, words] of external; ca_step_cuda_mask_shape */
+  float temperature;            /* of sub-mean; 0: 1.5 */
+  float peak_weight;            /* of sub-mean */
+  float mass;                   /* of xattention; 0: 0.9 */
+  int32_t stride;               /* of xattention; 0: 16 */
+  int32_t picked_queries;       /* of quoka; 0: 16 */
+  int32_t kept_tokens;          /* of quoka; 0: 1024 */
+  float random_share;           /* of random; 0: 0.1 */
+  int32_t reserved;             /* 0 */
 } ca_step;
 
 /* Bytes of device memory for ca_step_plan_cuda and ca_step_run_cuda together, and entries of stats and dense_reasons
  * (num_stats may be NULL). No pointer of `step` is read. */
 ca_status ca_step_cuda_workspace(const ca_step* step, int64_t* bytes, int32_t* num_stats);
+
+/* Shape of mask_words: [mask_heads, max_blocks, words_per_row], bit j = past page j. The blocks of a chunk are the runs
+ * of block_tokens positions, cut at absolute multiples, that it meets; chunks follow each other. */
+ca_status ca_step_cuda_mask_shape(const ca_step* step, int32_t* mask_heads, int32_t* max_blocks, int32_t* block_tokens,
+                                  int32_t* words_per_row);
 
 /* Once per step, before its layers: places of the chunks, checks of page tables and means. device_error: [1] in device
  * memory, set to the first mistake, never reset; a chunk with a mistake does nothing. Asynchronous on `stream`. */

@@ -56,8 +56,13 @@ struct CudaStepInput {
   std::int32_t num_kv_heads = 0;        // Hkv
   std::int32_t page_tokens = 0;         // P, a power of two from 16 to 256
   std::int32_t num_pages = 0;           // physical pages
+  /// Rows of the mask for each query block: Hq, or Hkv when the query heads of a KV head share theirs; 0: Hkv.
+  std::int32_t mask_heads = 0;
+  /// Bq: query tokens of a mask row, a power of two; 0: 128 packed rows within a page, as select_mean_key_cuda.
+  std::int32_t block_tokens = 0;
   ForcedPages forced{};
-  /// kCheapestHeads means G: the mask has one row per KV head. list_dropped is not supported.
+  /// kCheapestHeads means G and is for masks of Hkv rows alone: there splitting could only cost more. list_dropped is
+  /// not supported.
   UnionOptions options{};
   /// Whether lists give way to all pages where these would not be slower, by `crossover` and options.cost. Each (chunk,
   /// sub-group of heads) decides for itself, on the device; the CPU decides for a chunk (crossover_after_union).
@@ -74,12 +79,13 @@ struct CudaStepSizes {
   std::int32_t max_units = 0;         // units at most
   std::int32_t list_capacity = 0;     // page ids of a list at most; the list of unit u begins at u * list_capacity
   std::int32_t num_stats = 0;         // B * sub-groups of query heads
-  std::int64_t mask_words = 0;        // [Hkv, max_blocks, words_per_row]
+  std::int32_t mask_heads = 0;        // Hq or Hkv
+  std::int64_t mask_words = 0;        // [mask_heads, max_blocks, words_per_row]
   std::int64_t num_list_entries = 0;  // max_units * list_capacity
   std::int64_t workspace_bytes = 0;   // aligned to 256
 };
 /// Errors: kInvalidArgument (the field, the value seen, what is allowed), kUnsupported (build without CUDA, page size,
-/// more than 128 query heads to a KV head, list_dropped).
+/// more than 128 query heads to a KV head, list_dropped, kCheapestHeads with a row per query head).
 [[nodiscard]] Result<CudaStepSizes> step_cuda_sizes(const CudaStepInput& input);
 
 /// Plans the step into `workspace`, which the calls of all its layers read: keep it until the last of them. `error`:
@@ -99,6 +105,7 @@ struct CudaMeanKeyInput {
   float softmax_scale = 0;       // s, above 0
   /// Only the default rule so far: packed tiles, visible kFull, kRow norm, kMax vote, a share (and lift); alpha < 0.
   MeanKeyOptions options{};
+  const float* head_shares = nullptr;  // [Hkv] in place of options.share, on the device; or null
   /// The kernels sum in different orders: their masks may differ where a score meets its cut.
   CudaBackend backend = CudaBackend::kAuto;
 };

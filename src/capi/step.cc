@@ -1,5 +1,8 @@
 // The step of a layer: C structs to the C++ views, nothing else.
+#include <fmt/format.h>
+
 #include <cstddef>
+#include <iterator>
 
 #include "compact/run_step_cuda.h"
 #include "src/capi/call.h"
@@ -28,12 +31,64 @@ static_assert(CA_UNION_PAPER == static_cast<int>(UnionMode::kPaper));
 static_assert(CA_UNION_SPAN == static_cast<int>(UnionMode::kSpan));
 static_assert(CA_UNION_TILE == static_cast<int>(UnionMode::kTile));
 static_assert(CA_UNION_ADAPTIVE == static_cast<int>(UnionMode::kAdaptive));
-static_assert(sizeof(ca_step) == 256, "version 1");
+static_assert(sizeof(ca_step) == 360, "version 1");
+
+constexpr const char* kSelectors[] = {"mean-key",   "static", "oracle", "sub-mean",
+                                      "xattention", "quoka",  "random", "external"};
+static_assert(std::size(kSelectors) == CA_SELECTOR_EXTERNAL + 1);
+static_assert(CA_BUDGET_NATIVE == static_cast<int>(BudgetKind::kNative));
+static_assert(CA_BUDGET_THRESHOLD == static_cast<int>(BudgetKind::kThreshold));
+static_assert(CA_BUDGET_TOP == static_cast<int>(BudgetKind::kTopN));
+static_assert(CA_BUDGET_MASS == static_cast<int>(BudgetKind::kMass));
+static_assert(CA_BUDGET_DENSITY == static_cast<int>(BudgetKind::kDensity));
 
 struct Call {
+  SelectorOptions options;  // of layer.select
   CudaStepInput step;
   CudaStepLayer layer;
+
+  Call() { layer.select.options = &options; }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
 };
+
+Status read_selector(const ca_step& s, Call& call) {
+  if (s.selector < 0 || s.selector > CA_SELECTOR_EXTERNAL) {
+    return invalid_argument(fmt::format("step.selector is {}; CA_SELECTOR_..., 0 to {}", s.selector,
+                                        static_cast<int>(CA_SELECTOR_EXTERNAL)));
+  }
+  if (s.reserved != 0) return invalid_argument(fmt::format("step.reserved is {}; 0", s.reserved));
+  SelectorOptions& options = call.options;
+  options.name = kSelectors[s.selector];
+  options.budget = {static_cast<BudgetKind>(s.budget), s.budget_value, s.min_pages, s.max_pages};
+  options.mean_key.share = options.sub_mean.share = s.share;
+  options.mean_key.lift = options.sub_mean.lift = s.lift;
+  options.sub_mean.peak_weight = s.peak_weight;
+  options.random.seed = s.seed;
+  const auto set = [](auto& option, auto value) {
+    if (value != 0) option = value;
+  };
+  set(options.sub_mean.temperature, s.temperature);
+  set(options.xattention.mass, s.mass);
+  set(options.xattention.stride, s.stride);
+  set(options.quoka.picked_queries, s.picked_queries);
+  set(options.quoka.kept_tokens, s.kept_tokens);
+  set(options.random.share, s.random_share);
+  CudaSelectInput& select = call.layer.select;
+  select.layer = s.layer;
+  select.head_thresholds = s.head_thresholds;
+  select.summaries.sub_mean_k = const_cast<void*>(s.sub_mean_k);
+  select.summaries.norm_k = const_cast<float*>(s.norm_k);
+  select.words = s.mask_words;
+  call.step.mask_heads = s.mask_heads;
+  call.step.block_tokens = s.block_tokens;
+  if (s.selector == CA_SELECTOR_EXTERNAL || s.selector == CA_SELECTOR_MEAN_KEY) return {};
+  CA_ASSIGN_OR_RETURN(const CudaMaskShape shape,
+                      cuda_mask_shape(options, s.num_q_heads, s.num_kv_heads, s.page_tokens));
+  call.step.mask_heads = shape.mask_heads;
+  call.step.block_tokens = shape.block_tokens;
+  return {};
+}
 
 Status read_call(const ca_step* from, Call& call) {
   ca_step s;
@@ -63,12 +118,10 @@ Status read_call(const ca_step* from, Call& call) {
   layer.select.q = s.q;
   layer.select.q_token_stride = s.q_token_stride;
   layer.select.q_head_stride = s.q_head_stride;
-  layer.select.mean_k = s.mean_k;
+  layer.select.summaries.mean_k = const_cast<void*>(s.mean_k);
   layer.select.dtype = dtype;
   layer.select.head_dim = s.head_dim;
   layer.select.softmax_scale = s.softmax_scale;
-  layer.select.options.share = s.share;
-  layer.select.options.lift = s.lift;
   layer.select.backend = static_cast<CudaBackend>(s.backend);
   layer.kv = {.k = s.k,
               .v = s.v,
@@ -86,7 +139,7 @@ Status read_call(const ca_step* from, Call& call) {
   layer.stats = reinterpret_cast<UnionStats*>(s.stats);
   layer.reasons = reinterpret_cast<DenseReason*>(s.dense_reasons);
   layer.nonfinite_rows = s.nonfinite_rows;
-  return {};
+  return read_selector(s, call);
 }
 
 }  // namespace
@@ -103,6 +156,23 @@ ca_status ca_step_cuda_workspace(const ca_step* step, int64_t* bytes, int32_t* n
     if (num_stats == nullptr) return {};
     CA_ASSIGN_OR_RETURN(const CudaStepSizes sizes, step_cuda_sizes(call.step));
     *num_stats = sizes.num_stats;
+    return {};
+  });
+}
+
+ca_status ca_step_cuda_mask_shape(const ca_step* step, int32_t* mask_heads, int32_t* max_blocks, int32_t* block_tokens,
+                                  int32_t* words_per_row) {
+  return capi::call([&]() -> Status {
+    if (mask_heads == nullptr || max_blocks == nullptr || block_tokens == nullptr || words_per_row == nullptr) {
+      return invalid_argument("mask_heads, max_blocks, block_tokens or words_per_row is null");
+    }
+    capi::Call call;
+    CA_RETURN_IF_ERROR(capi::read_call(step, call));
+    CA_ASSIGN_OR_RETURN(const CudaStepSizes sizes, step_cuda_sizes(call.step));
+    *mask_heads = sizes.mask_heads;
+    *max_blocks = sizes.max_blocks;
+    *block_tokens = sizes.block_tokens;
+    *words_per_row = sizes.words_per_row;
     return {};
   });
 }

@@ -23,21 +23,11 @@ std::int32_t bin_of(float score) {
   return std::clamp(static_cast<std::int32_t>(bits >> 20) - kFirst, 0, kNumBins - 1);
 }
 
-// Scores as integers of 40 bits at most, on one scale for a row: sums of up to 2^21 pages stay exact in 64 bits.
-class FixedPoint {
- public:
-  explicit FixedPoint(const ScoreRow& row) {
-    float largest = row.elsewhere;
-    for (const float score : row.scores) largest = std::max(largest, score);
-    scale_ = largest > 0 ? std::ldexp(1.0, 39 - std::ilogb(largest)) : 0.0;
-  }
-  [[nodiscard]] std::uint64_t operator()(float score) const {
-    return static_cast<std::uint64_t>(double{score} * scale_);
-  }
-
- private:
-  double scale_ = 0;
-};
+FixedPoint fixed_point(const ScoreRow& row) {
+  float largest = row.elsewhere;
+  for (const float score : row.scores) largest = std::max(largest, score);
+  return FixedPoint(largest);
+}
 
 struct KindName {
   std::string_view text;
@@ -114,22 +104,6 @@ Result<Budget> parse_budget(std::string_view text) {
   return budget;
 }
 
-bool keeps_all(BudgetKind kind, float value) noexcept {
-  switch (kind) {
-    case BudgetKind::kNative:
-    case BudgetKind::kThreshold: return value <= 0;
-    case BudgetKind::kTopN:
-    case BudgetKind::kMass:
-    case BudgetKind::kDensity: return value >= 1;
-  }
-  return false;
-}
-
-std::int32_t top_pages(float share, std::int32_t past_pages) noexcept {
-  constexpr double kRounding = 1e-6;  // of a float share: 6e-8
-  return static_cast<std::int32_t>(std::ceil(double{share} * past_pages * (1 - kRounding)));
-}
-
 // Visits the pages of a shortest prefix, in the order of score (best first, ties by row and page), whose weights reach
 // `target`; all pages if they do not. Not in that order: only the set matters. Weights may be 0.
 template <class Weight, class Visit>
@@ -195,7 +169,7 @@ void BudgetScratch::decide(BudgetKind kind, float value, const Budget& limits, c
   if (kind == BudgetKind::kTopN) {
     keep_best(row, top_pages(value, row.past_pages), false);
   } else if (kind == BudgetKind::kMass) {
-    const FixedPoint fixed(all);
+    const FixedPoint fixed = fixed_point(all);
     const std::uint64_t elsewhere = fixed(row.elsewhere);
     std::uint64_t total = elsewhere;
     std::uint64_t taken = elsewhere;
@@ -204,7 +178,7 @@ void BudgetScratch::decide(BudgetKind kind, float value, const Budget& limits, c
       total += mass;
       if (row.forced.contains(j)) taken += mass;
     }
-    const auto wanted = static_cast<std::uint64_t>(std::ceil(double{value} * static_cast<double>(total)));
+    const std::uint64_t wanted = share_of(value, total);
     const auto is_forced = [&](std::size_t j) { return row.forced.contains(static_cast<std::int32_t>(j)); };
     keep_prefix(
         {&all, 1}, wanted > taken ? wanted - taken : 0,
@@ -231,7 +205,7 @@ void BudgetScratch::decide_density(float value, const Budget& limits, std::span<
       if (row.forced.contains(j)) taken += weight;
     }
   }
-  const auto wanted = static_cast<std::uint64_t>(std::ceil(double{value} * static_cast<double>(total)));
+  const std::uint64_t wanted = share_of(value, total);
   const auto is_forced = [&](std::size_t i, std::size_t j) {
     return rows[i].forced.contains(static_cast<std::int32_t>(j));
   };

@@ -11,6 +11,7 @@
 
 #include "compact/selector.h"
 #include "compact/status.h"
+#include "src/select/budget_math.h"
 
 namespace compact {
 
@@ -29,12 +30,6 @@ struct ScoreRow {
 
 /// Values out of range, by kind. `who` begins the message.
 [[nodiscard]] Status check_budget(const char* who, const Budget& budget);
-
-/// True if this value of this kind keeps every page, whatever the scores.
-[[nodiscard]] bool keeps_all(BudgetKind kind, float value) noexcept;
-
-/// Number of pages of a top-n budget: a share given in decimal means what it says in spite of its binary rounding.
-[[nodiscard]] std::int32_t top_pages(float share, std::int32_t past_pages) noexcept;
 
 class BudgetScratch {
  public:

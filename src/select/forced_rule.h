@@ -28,4 +28,28 @@ CA_HOST_DEVICE constexpr ForcedRanges forced_ranges_at(const ForcedPages& forced
   return ranges;
 }
 
+/// ForcedRanges::contains.
+CA_HOST_DEVICE constexpr bool is_forced(const ForcedRanges& ranges, std::int32_t page) {
+  return page < ranges.sink_end || (page >= ranges.window_begin && page < ranges.window_end);
+}
+
+/// How many pages they are.
+CA_HOST_DEVICE constexpr std::int32_t num_forced(const ForcedRanges& ranges) {
+  const std::int32_t window_begin = ranges.window_begin > ranges.sink_end ? ranges.window_begin : ranges.sink_end;
+  return ranges.sink_end + (ranges.window_end > window_begin ? ranges.window_end - window_begin : 0);
+}
+
+/// The same among a row's first scored_pages: where pages of the chunk have scores, those that the block itself lies in
+/// are forced too (the diagonal).
+CA_HOST_DEVICE constexpr ForcedRanges row_forced_ranges_at(const ForcedPages& forced, std::int32_t first_position,
+                                                           std::int32_t tokens, std::int32_t page_tokens,
+                                                           std::int32_t scored_pages) {
+  ForcedRanges ranges = forced_ranges_at(forced, first_position, tokens, page_tokens, scored_pages);
+  const std::int32_t diagonal = first_position / page_tokens;
+  if (scored_pages <= diagonal) return ranges;
+  if (ranges.window_begin == ranges.window_end) ranges.window_begin = diagonal;
+  ranges.window_end = scored_pages;
+  return ranges;
+}
+
 }  // namespace compact

@@ -1,25 +1,21 @@
 // The selector that knows: pages by their exact attention mass (docs/design/method.md 3.4). Half the FLOP of dense
-// attention, so it is a yardstick and a tool for accuracy studies. Native rule: a mass of 0.95, chunk pages counted.
+// attention, so it is a yardstick and a tool for accuracy studies. Native rule: a mass (native_rules.h).
 // Reference and CPU form are one: compute_page_mass, tested against fp64 loops.
 #include "compact/oracle.h"
 
 #include <algorithm>
 
+#include "src/select/native_rules.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
 
 namespace compact {
 namespace {
 
-constexpr float kNativeMass = 0.95F;
-
 class OracleSelector final : public Selector {
  public:
-  explicit OracleSelector(const SelectorOptions& options) : budget_(options.budget), thresholds_(options.thresholds) {
-    if (budget_.kind != BudgetKind::kNative) return;
-    budget_.kind = BudgetKind::kMass;
-    budget_.value = kNativeMass;
-  }
+  explicit OracleSelector(const SelectorOptions& options)
+      : budget_(oracle_budget(options)), thresholds_(options.thresholds) {}
   [[nodiscard]] std::string_view name() const noexcept override { return "oracle"; }
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.k_cache = true}; }
 

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "src/select/key_rows.h"
+#include "src/select/native_rules.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
 #include "src/select/unit_keys.h"
@@ -47,14 +48,8 @@ class QuokaSelector final : public Selector {
                make_query_blocks(input.chunks, quoka_block_tokens(input.page_tokens)));
     QuokaScores found;
     CA_RETURN_IF_ERROR(quoka_scores_cpu(input, options_, mask.blocks, found, pool));
-    RowRule rule(budget_, thresholds_, static_cast<float>(options_.kept_tokens));
-    if (budget_.kind == BudgetKind::kNative) {
-      // Pages until kept_tokens: no threshold, and a limit.
-      const std::int32_t pages =
-          options_.kept_tokens / input.page_tokens + (options_.kept_tokens % input.page_tokens == 0 ? 0 : 1);
-      const std::int32_t most = rule.limits.max_pages == 0 ? pages : std::min(pages, rule.limits.max_pages);
-      rule.limits.max_pages = std::max(most, rule.limits.min_pages);
-    }
+    const RowRule rule(quoka_budget(budget_, options_.kept_tokens, input.page_tokens), thresholds_,
+                       static_cast<float>(options_.kept_tokens));
     return select_rows("quoka", input, rule, input.q.heads / kv_heads, mask, pool,
                        [&](std::int32_t head, std::int32_t i, float, std::span<float> scores, std::int32_t) {
                          const std::size_t row =

@@ -2,28 +2,18 @@
 // selector is worth its cost only above this line at equal density. Reference and CPU form are one.
 #include <fmt/format.h>
 
+#include "src/select/native_rules.h"
+#include "src/select/random_score.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
 
 namespace compact {
 namespace {
 
-// splitmix64's finaliser: every bit of the key reaches every bit of the result.
-std::uint64_t mix(std::uint64_t key) {
-  key += 0x9e3779b97f4a7c15U;
-  key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9U;
-  key = (key ^ (key >> 27)) * 0x94d049bb133111ebU;
-  return key ^ (key >> 31);
-}
-
 class RandomSelector final : public Selector {
  public:
   explicit RandomSelector(const SelectorOptions& options)
-      : seed_(options.random.seed), budget_(options.budget), thresholds_(options.thresholds) {
-    if (budget_.kind != BudgetKind::kNative) return;
-    budget_.kind = BudgetKind::kTopN;
-    budget_.value = options.random.share;
-  }
+      : seed_(options.random.seed), budget_(random_budget(options)), thresholds_(options.thresholds) {}
   [[nodiscard]] std::string_view name() const noexcept override { return "random"; }
   // Keys are not read; the number of KV heads is.
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.k_cache = true}; }
@@ -39,12 +29,9 @@ class RandomSelector final : public Selector {
                make_query_blocks(input.chunks, block_tokens_within_page(kTileRows, input.page_tokens)));
     return select_rows("random", input, RowRule(budget_, thresholds_, 0), input.q.heads / kv_heads, mask, pool,
                        [&](std::int32_t head, std::int32_t, float, std::span<float> scores, std::int32_t) {
-                         const std::uint64_t stream = mix(mix(seed_ + static_cast<std::uint64_t>(input.layer)) +
-                                                          static_cast<std::uint64_t>(head));
-                         for (std::size_t j = 0; j < scores.size(); ++j) {
-                           // 24 bits, above 0 so that no threshold of "all" is met by accident.
-                           scores[j] = static_cast<float>((mix(stream + j) >> 40) + 1) * 0x1p-24F;
-                         }
+                         const RandomScore score(seed_, input.layer, head);
+                         for (std::size_t j = 0; j < scores.size(); ++j)
+                           scores[j] = score(static_cast<std::int32_t>(j));
                          return RowVerdict{};
                        });
   }

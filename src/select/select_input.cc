@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "src/select/forced_rule.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
 
@@ -125,12 +126,7 @@ Status check_thresholds(const char* who, const HeadThresholds& thresholds, std::
 }
 
 ForcedRanges row_forced_ranges(const SelectInput& input, const QueryBlock& block, std::int32_t scored_pages) noexcept {
-  ForcedRanges ranges = forced_ranges(input.forced, block, input.page_tokens, scored_pages);
-  const std::int32_t diagonal = block.first_position / input.page_tokens;
-  if (scored_pages <= diagonal) return ranges;
-  if (ranges.window_begin == ranges.window_end) ranges.window_begin = diagonal;
-  ranges.window_end = scored_pages;
-  return ranges;
+  return row_forced_ranges_at(input.forced, block.first_position, block.tokens, input.page_tokens, scored_pages);
 }
 
 }  // namespace compact

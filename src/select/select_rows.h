@@ -42,8 +42,7 @@ struct RowVerdict {
 [[nodiscard]] Status check_thresholds(const char* who, const HeadThresholds& thresholds, std::int32_t layer,
                                       std::int32_t mask_heads);
 
-/// Forced pages of a row among its first scored_pages: where pages of the chunk have scores, those that the block
-/// itself lies in are forced too (the diagonal).
+/// row_forced_ranges_at (forced_rule.h) for a block of the step.
 [[nodiscard]] ForcedRanges row_forced_ranges(const SelectInput& input, const QueryBlock& block,
                                              std::int32_t scored_pages) noexcept;
 

@@ -10,6 +10,7 @@
 
 #include "src/core/bf16.h"
 #include "src/select/key_rows.h"
+#include "src/select/native_rules.h"
 #include "src/select/select_rows.h"
 #include "src/select/selector.h"
 
@@ -45,11 +46,7 @@ double strided_score(const SelectInput& input, const ChunkView& chunk, const Str
 class XAttentionSelector final : public Selector {
  public:
   explicit XAttentionSelector(const SelectorOptions& options)
-      : options_(options.xattention), budget_(options.budget), thresholds_(options.thresholds) {
-    if (budget_.kind != BudgetKind::kNative) return;
-    budget_.kind = BudgetKind::kMass;
-    budget_.value = options_.mass;
-  }
+      : options_(options.xattention), budget_(xattention_budget(options)), thresholds_(options.thresholds) {}
   [[nodiscard]] std::string_view name() const noexcept override { return "xattention"; }
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {.k_cache = true}; }
 

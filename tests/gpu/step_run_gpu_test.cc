@@ -109,7 +109,7 @@ class Arena {
     made.select.q = queries.data();
     made.select.q_token_stride = std::int64_t{kQueryHeads} * head_dim;
     made.select.q_head_stride = head_dim;
-    made.select.mean_k = means.data();
+    made.select.summaries.mean_k = means.data();
     made.select.head_dim = head_dim;
     made.select.softmax_scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
     made.kv = kv;
@@ -292,7 +292,9 @@ TEST(StepRunGpu, TenThousandRandomStepsAmongPoison) {
     c.input.crosses_over = random.below(2) == 0;
     c.input.crossover = {random.pick({0, 100, 400}), random.pick({0, 154})};
     CudaStepLayer layer = arena.layer(c.input.num_q_heads);
-    layer.select.options.share = random.pick({0.1F, 0.02F, 0.3F});
+    SelectorOptions options;
+    options.mean_key.share = random.pick({0.1F, 0.02F, 0.3F});
+    layer.select.options = &options;
     layer.dense = random.below(16) == 0;
     layer.output.o = soak.o.data();
     layer.stats = soak.stats.as<UnionStats>();
@@ -345,8 +347,8 @@ TEST(StepRunGpu, TenThousandRandomStepsAmongPoison) {
         expect_ok(build_dense_lists_cuda(plain, lists, soak.workspace.data(), *bytes, nullptr));
         return;
       }
-      expect_ok(select_mean_key_cuda(plain, layer.select, soak.mask.as<std::uint64_t>(), nullptr, soak.workspace.data(),
-                                     *bytes, nullptr));
+      expect_ok(select_cuda(plain, layer.select, soak.mask.as<std::uint64_t>(), nullptr, soak.workspace.data(), *bytes,
+                            nullptr, 0, nullptr));
       expect_ok(
           build_page_lists_cuda(plain, soak.mask.as<std::uint64_t>(), lists, soak.workspace.data(), *bytes, nullptr));
     };

@@ -169,7 +169,7 @@ TEST_F(CApi, StepArgumentsAreReadBeforeTheDevice) {
   expect_refused(ca_step_plan_cuda(&step, nullptr, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 0");
   expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 0");
   step.struct_size = sizeof(ca_step) + 8;
-  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 264");
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.struct_size is 368");
   // With or without CUDA in the build: pages of 24 tokens are for no GPU.
   step.struct_size = sizeof(ca_step);
   step.dtype = CA_DTYPE_BF16;
@@ -177,6 +177,18 @@ TEST_F(CApi, StepArgumentsAreReadBeforeTheDevice) {
   step.page_tokens = 24;
   EXPECT_EQ(ca_step_cuda_workspace(&step, &bytes, &num_stats), CA_UNSUPPORTED) << ca_last_error();
   EXPECT_TRUE(bytes == -1 && num_stats == -1) << "a refused call wrote output";
+  step.selector = CA_SELECTOR_EXTERNAL + 1;
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.selector is 8");
+  step.selector = CA_SELECTOR_QUOKA;
+  step.budget = CA_BUDGET_MASS;
+  step.budget_value = 0.9F;
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "any budget but a mass");
+  step.budget = CA_BUDGET_NATIVE;
+  step.reserved = 1;
+  expect_refused(ca_step_run_cuda(&step, nullptr, 0, nullptr), CA_INVALID_ARGUMENT, "step.reserved is 1");
+  std::int32_t shape[4] = {};
+  expect_refused(ca_step_cuda_mask_shape(&step, shape, shape + 1, nullptr, shape + 3), CA_INVALID_ARGUMENT,
+                 "block_tokens or words_per_row is null");
   EXPECT_STREQ(ca_step_device_error_text(static_cast<std::int32_t>(CudaStepError::kStaleMean)),
                cuda_step_error_text(CudaStepError::kStaleMean));
 }

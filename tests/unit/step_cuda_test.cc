@@ -4,38 +4,18 @@
 
 #include <set>
 
+#include "compact/select_cuda.h"
 #include "src/unite/cuda/step_layout.h"
+#include "tests/one_thread.h"
 #include "tests/step_case.h"
 
 namespace compact {
 namespace {
 
 using testing::difference_to_cpu;
+using testing::OneThread;
 using testing::StepCase;
 using testing::StepRandom;
-
-// One thread, one warp of one lane; memory for small trees, so that both places of a tree are seen.
-struct OneThread {
-  std::vector<std::uint64_t> near = std::vector<std::uint64_t>(64);
-
-  static void or_into(std::uint64_t* p, std::uint64_t x) { *p |= x; }
-  static void add_into(std::int64_t* p, std::int64_t x) { *p += x; }
-  void* near_memory(std::int64_t bytes) {
-    return bytes <= static_cast<std::int64_t>(near.size() * 8) ? near.data() : nullptr;
-  }
-  static std::int32_t index() { return 0; }
-  static std::int32_t size() { return 1; }
-  static std::int32_t warp() { return 0; }
-  static std::int32_t num_warps() { return 1; }
-  static std::int32_t lane() { return 0; }
-  static std::int32_t lanes() { return 1; }
-  static void sync() {}
-  static std::int64_t warp_sum(std::int64_t x) { return x; }
-  static std::int64_t sum(std::int64_t x) { return x; }
-  static void report(std::int32_t* error, std::int32_t code) {
-    if (*error == 0) *error = code;
-  }
-};
 
 // Everything that the device would hold, with poison where it writes; as many CTAs as step.cc launches.
 struct HostStep {
@@ -78,6 +58,7 @@ struct HostStep {
 
 TEST(StepCuda, TenThousandStepsEqualTheCpuUnion) {
   std::set<UnionMode> modes;
+  std::set<std::pair<bool, std::int32_t>> shapes;  // a row per query head, tokens of a block
   std::int64_t merged = 0;
   for (std::uint64_t seed = 0; seed < 10000; ++seed) {
     StepRandom random(seed);
@@ -88,9 +69,11 @@ TEST(StepCuda, TenThousandStepsEqualTheCpuUnion) {
     ASSERT_EQ(difference_to_cpu(c, step.layout.sizes, step.num_units, step.units, step.page_ids, step.stats), "")
         << "seed " << seed << ": " << c.text();
     modes.insert(c.input.options.mode);
+    shapes.insert({c.mask.mask_heads != c.input.num_kv_heads, c.block_tokens()});
     for (std::int32_t u = 0; u < step.num_units; ++u) merged += step.units[static_cast<std::size_t>(u)].q_len == 0;
   }
   EXPECT_EQ(modes.size(), 4U);
+  EXPECT_EQ(shapes.size(), 12U);
   EXPECT_GT(merged, 1000);
 }
 
@@ -297,6 +280,13 @@ TEST(StepCuda, HostChecksNameTheField) {
   expect(kWrong, "max_context_tokens is -5", [](CudaStepInput& x) { x.max_context_tokens = -5; });
   expect(kWrong, "page_table_stride is 7", [](CudaStepInput& x) { x.page_table_stride = 7; });
   expect(kWrong, "8 query heads and 3 KV heads", [](CudaStepInput& x) { x.num_kv_heads = 3; });
+  expect(kWrong, "mask_heads is 4; 2 KV heads (or 0), or 8 query heads", [](CudaStepInput& x) { x.mask_heads = 4; });
+  expect(kWrong, "block_tokens is 48", [](CudaStepInput& x) { x.block_tokens = 48; });
+  expect(kMissing, "a row per query head", [](CudaStepInput& x) {
+    x.mask_heads = 8;
+    x.options.mode = UnionMode::kAdaptive;
+    x.options.heads_per_unit = kCheapestHeads;
+  });
   expect(kWrong, "heads_per_unit is 3", [](CudaStepInput& x) { x.options.heads_per_unit = 3; });
   expect(kWrong, "span_tokens is 0", [](CudaStepInput& x) { x.options.mode = UnionMode::kSpan; });
   expect(kWrong, "sink", [](CudaStepInput& x) { x.forced.sink_tokens = -1; });
@@ -324,6 +314,11 @@ TEST(StepCuda, SizesNeedABuildWithCuda) {
   EXPECT_EQ(select_mean_key_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(build_page_lists_cuda(c.input, nullptr, {}, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(page_means_cuda(c.input, {}, nullptr, nullptr, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(page_summaries_cuda(c.input, {}, {}, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(gate_pools_cuda(c.input, {}, {}, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(select_cuda_bytes(c.input, {}).status().code(), StatusCode::kUnsupported);
+  EXPECT_EQ(select_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr, 0, nullptr).code(),
+            StatusCode::kUnsupported);
 }
 
 }  // namespace

@@ -16,10 +16,10 @@
 #include "src/ptx/control.cuh"
 #include "src/ptx/cp_async.cuh"
 #include "src/ptx/ldmatrix.cuh"
-#include "src/ptx/mma_sync.cuh"
 #include "src/ptx/quad.cuh"
 #include "src/ptx/shared_address.cuh"
 #include "src/select/cuda/mean_key_tile.cuh"
+#include "src/select/cuda/score_columns.cuh"
 
 namespace compact {
 namespace {
@@ -81,21 +81,6 @@ __device__ __forceinline__ void load_means(std::uint32_t shared, const MeanKeyAr
   }
 }
 
-// Starts the copy of the tile's query rows; rows that do not exist become zeros.
-template <std::int32_t kHeadDim>
-__device__ __forceinline__ void load_queries(std::uint32_t shared, const MeanKeyArgs& args, const MeanKeyTile& tile) {
-  constexpr std::int32_t kPieces = kHeadDim / 8;
-  constexpr std::int32_t kRowsPerPass = Sm80Shape<kHeadDim>::kThreads / kPieces;
-  const std::int32_t piece = static_cast<std::int32_t>(threadIdx.x) % kPieces;
-  for (std::int32_t row = static_cast<std::int32_t>(threadIdx.x) / kPieces; row < kRows; row += kRowsPerPass) {
-    const bool valid = row < tile.rows;
-    const std::int32_t token = row / args.group;
-    const std::int32_t head = tile.kv_head * args.group + row - token * args.group;
-    const std::int64_t from = valid ? (tile.q_begin + token) * args.q_token_stride + head * args.q_head_stride : 0;
-    ptx::cp_async_16(shared + ptx::swizzled_piece_offset<kHeadDim>(row, piece), args.q + from + piece * 8, valid);
-  }
-}
-
 template <ptx::MmaType kType, std::int32_t kHeadDim>
 __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHeadDim>::kCtasPerSm)
     mean_key_sm80_kernel(const MeanKeyArgs args) {
@@ -128,7 +113,7 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
   if (tile.rows == 0) return;
 
   auto thread = static_cast<std::int32_t>(threadIdx.x);
-  if (args.share <= 0 || tile.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
+  if (tile.share <= 0 || tile.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
     for (std::int32_t w = thread; w < args.words_per_row; w += Shape::kThreads) {
       tile.mask_row[w] = bits_in_word(0, tile.past_pages, w);
     }
@@ -140,7 +125,9 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
   const auto warp_row = [&] { return thread / 32 * kRowBlocks * 16; };
   const auto row_of = [&](std::int32_t b, std::int32_t h) { return warp_row() + 16 * b + 8 * h + lane() / 4; };
   load_means<kHeadDim>(ring, args, tile, 0);
-  load_queries<kHeadDim>(ring + Shape::kStageBytes, args, tile);
+  load_packed_queries<kHeadDim, kRows, Shape::kThreads>(ring + Shape::kStageBytes, args.q, args.q_token_stride,
+                                                        args.q_head_stride, tile.q_begin, tile.kv_head * args.group,
+                                                        args.group, tile.rows);
   ptx::cp_async_commit();
   for (std::int32_t w = thread; w < 2 * args.words_per_row; w += Shape::kThreads) words[w] = 0;
   if (lane() == 0) num_candidates[warp()] = 0;
@@ -148,15 +135,7 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
   ptx::cp_async_wait<0>();
   __syncthreads();
   std::uint32_t q[kRowBlocks][kSteps][4];
-#pragma unroll
-  for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-    const std::uint32_t lane_q = ring + Shape::kStageBytes +
-                                 ptx::swizzled_piece_offset<kHeadDim>(warp_row() + b * 16 + lane() % 16, lane() / 16);
-#pragma unroll
-    for (std::int32_t step = 0; step < kSteps; ++step) {
-      ptx::ldmatrix_x4(q[b][step], lane_q ^ static_cast<std::uint32_t>(step * 32));
-    }
-  }
+  load_fragments<kHeadDim, kRowBlocks>(q, ring + Shape::kStageBytes, warp_row(), lane());
   __syncthreads();  // stages 1 and 2 are free
 
   // Scores are products without the scale; row b, h of this thread is warp_row + 16 b + 8 h + lane / 4.
@@ -181,23 +160,9 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
       ptx::cp_async_commit();
 
       asm volatile("" : "+r"(thread));  // opaque: what is derived from it would take registers from stage to stage
-      const std::uint32_t stage = ring + static_cast<std::uint32_t>(u % kStages * Shape::kStageBytes) +
-                                  ptx::swizzled_piece_offset<kHeadDim>(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
       float s[kRowBlocks][kPages / 2] = {};
-#pragma unroll
-      for (std::int32_t step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (std::int32_t j = 0; j < kPages / 8; j += 2) {
-          std::uint32_t means[4];  // pages 8j..8j+7 and the eight after them
-          ptx::ldmatrix_x4(means, (stage ^ static_cast<std::uint32_t>(step * 32)) +
-                                      static_cast<std::uint32_t>(j * 8 * kHeadDim * 2));
-#pragma unroll
-          for (std::int32_t b = 0; b < kRowBlocks; ++b) {
-            ptx::mma_m16n8k16<kType>(&s[b][4 * j], q[b][step], means[0], means[1]);
-            ptx::mma_m16n8k16<kType>(&s[b][4 * j + 4], q[b][step], means[2], means[3]);
-          }
-        }
-      }
+      multiply_stage<kType, kHeadDim, kRowBlocks>(
+          s, q, ring + static_cast<std::uint32_t>(u % kStages * Shape::kStageBytes), lane());
 
       const std::int32_t first_page =
           u * kPages + lane() % 4 * 2;  // of this thread's columns; column i / 4 * 8 + i % 2
@@ -262,7 +227,7 @@ __global__ void __launch_bounds__(Sm80Shape<kHeadDim>::kThreads, Sm80Shape<kHead
 
     __syncthreads();  // num_scored
     // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
-    const float threshold = MeanKeyTile::threshold(args, num_scored);
+    const float threshold = tile.threshold(args, num_scored);
 #pragma unroll
     for (std::int32_t b = 0; b < kRowBlocks; ++b) {
 #pragma unroll

@@ -364,7 +364,7 @@ __device__ __forceinline__ void select_pages(const MeanKeyArgs& args, Shared& sh
   }
 
   // Final cuts. A row without a finite, positive sum has a NaN or +inf score, or -inf only.
-  const float threshold = MeanKeyTile::threshold(args, num_scored);
+  const float threshold = tile.threshold(args, num_scored);
 #pragma unroll
   for (std::int32_t h = 0; h < 2; ++h) {
     const float sum = ptx::quad_sum(rows.sum[h]);
@@ -451,7 +451,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kTiles>::kThreads, 1)
   const MeanKeyTile& first = shared.tiles[0];
   const MeanKeyTile& last = shared.tiles[kTiles - 1];
   if (first.rows == 0) return;
-  if (args.share <= 0 || first.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
+  if (first.share <= 0 || first.past_pages == 0) {  // nothing to compare: all past pages, of which there may be none
     for (auto w = static_cast<std::int32_t>(threadIdx.x); w < args.words_per_row; w += Shape::kThreads) {
       const std::uint64_t past = bits_in_word(0, first.past_pages, w);
       first.mask_row[w] = past;

@@ -28,12 +28,13 @@ struct MeanKeyTile {
   std::int32_t rows;        // tokens x G; 0: nothing to do
   std::int32_t past_pages;  // Np
   std::int32_t end;         // pages [0, end) end at or before the block's first token
+  float share;              // of the tile's KV head; 0 or less: all pages
   float candidate_margin;   // log2 of the least threshold, minus the slack
 
   __device__ __forceinline__ std::int32_t num_stages() const { return (end + kMeanKeyPages - 1) / kMeanKeyPages; }
   // The threshold of the row rule once it is known how many pages have a mean.
-  __device__ __forceinline__ static float threshold(const MeanKeyArgs& args, std::int32_t num_scored) {
-    return fmaxf(args.share, args.lift / static_cast<float>(num_scored));
+  __device__ __forceinline__ float threshold(const MeanKeyArgs& args, std::int32_t num_scored) const {
+    return fmaxf(share, args.lift / static_cast<float>(num_scored));
   }
 };
 
@@ -48,7 +49,8 @@ __device__ __forceinline__ MeanKeyTile make_tile(const MeanKeyArgs& args, const 
   tile.rows = chunk.is_short != 0 ? 0 : block.tokens * args.group;
   tile.past_pages = chunk.chunk_start / args.page_tokens;
   tile.end = block.first_position / args.page_tokens;
-  tile.candidate_margin = log2f(MeanKeyTile::threshold(args, tile.end)) - kCutSlackLog2;
+  tile.share = args.head_shares == nullptr ? args.share : args.head_shares[kv_head];
+  tile.candidate_margin = log2f(tile.threshold(args, tile.end)) - kCutSlackLog2;
   return tile;
 }
 __device__ __forceinline__ MeanKeyTile find_tile(const MeanKeyArgs& args, std::int32_t block_idx,

@@ -22,7 +22,8 @@ struct StepShape {
   std::int32_t heads_per_unit = 1;  // divides G
   std::int32_t sub_groups = 1;      // Hq / heads_per_unit
   std::int32_t page_tokens = 0;
-  std::int32_t block_tokens = 0;  // Bq, a power of two that divides P
+  std::int32_t mask_heads = 0;    // Hq or Hkv
+  std::int32_t block_tokens = 0;  // Bq, a power of two
   std::int32_t span_tokens = 0;   // 0: one span, the whole chunk
   std::int32_t max_blocks = 0;
   std::int32_t max_pairs = 0;

@@ -19,10 +19,23 @@ struct RunLayout {
   std::int64_t num_units = 0;  // [1]
   std::int64_t page_ids = 0;   // [num_list_entries]
   std::int64_t stats = 0;      // [num_stats]
+  std::int64_t select = 0;
+  std::int64_t select_bytes = 0;
   std::int64_t attention = 0;
   std::int64_t attention_bytes = 0;
   std::int64_t bytes = 0;
 };
+
+// All pages, asked for or by the selector's nature: lists are made without a mask.
+bool is_dense(const CudaStepLayer& layer) {
+  return layer.dense || (layer.select.options != nullptr && layer.select.options->name == "dense");
+}
+
+CudaSelectInput select_input(const CudaStepLayer& layer) {
+  CudaSelectInput select = layer.select;
+  select.kv = layer.kv;
+  return select;
+}
 
 CudaAttentionInput attention_input(const CudaStepInput& step, const CudaStepLayer& layer, const CudaStepSizes& sizes) {
   CudaAttentionInput input;
@@ -68,6 +81,10 @@ Result<RunLayout> lay_out_run(const CudaStepInput& step, const CudaStepLayer& la
   layout.num_units = take(sizeof(std::int32_t));
   layout.page_ids = take(sizes.num_list_entries * std::int64_t{sizeof(std::int32_t)});
   layout.stats = take(sizes.num_stats * std::int64_t{sizeof(UnionStats)});
+  if (!is_dense(layer)) {
+    CA_ASSIGN_OR_RETURN(layout.select_bytes, select_cuda_bytes(step, select_input(layer)));
+  }
+  layout.select = take(layout.select_bytes);
   if (sizes.max_units > 0) {
     CA_ASSIGN_OR_RETURN(layout.attention_bytes,
                         attend_cuda_workspace_bytes(attention_input(step, layer, sizes), layer.attention));
@@ -99,11 +116,11 @@ Status run_step_cuda(const CudaStepInput& step, const CudaStepLayer& layer, void
       .stats = layer.stats != nullptr ? layer.stats : reinterpret_cast<UnionStats*>(base + layout.stats),
       .reasons = layer.reasons};
   const std::int64_t step_bytes = layout.sizes.workspace_bytes;
-  if (layer.dense) {
+  if (is_dense(layer)) {
     CA_RETURN_IF_ERROR(build_dense_lists_cuda(step, lists, workspace, step_bytes, stream));
   } else {
-    CA_RETURN_IF_ERROR(
-        select_mean_key_cuda(step, layer.select, mask, layer.nonfinite_rows, workspace, step_bytes, stream));
+    CA_RETURN_IF_ERROR(select_cuda(step, select_input(layer), mask, layer.nonfinite_rows, workspace, step_bytes,
+                                   base + layout.select, layout.select_bytes, stream));
     CA_RETURN_IF_ERROR(build_page_lists_cuda(step, mask, lists, workspace, step_bytes, stream));
   }
   if (layout.sizes.max_units == 0) return {};

@@ -53,6 +53,14 @@ Status check_numbers(const CudaStepInput& input) {
   }
   if (input.options.list_dropped)
     return kRefuse.missing("union options: list_dropped; lists of dropped pages are made on the CPU");
+  if (input.mask_heads != 0 && input.mask_heads != input.num_kv_heads && input.mask_heads != input.num_q_heads) {
+    return kRefuse.wrong("mask_heads is {}; {} KV heads (or 0), or {} query heads", input.mask_heads,
+                         input.num_kv_heads, input.num_q_heads);
+  }
+  if (input.block_tokens < 0 ||
+      (input.block_tokens > 0 && !std::has_single_bit(static_cast<std::uint32_t>(input.block_tokens)))) {
+    return kRefuse.wrong("block_tokens is {}; a power of two, or 0", input.block_tokens);
+  }
   return {};
 }
 
@@ -85,10 +93,17 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   s.num_pages = input.num_pages;
   s.num_kv_heads = input.num_kv_heads;
   s.group = heads.group;
-  s.heads_per_unit = heads.heads_per_unit;  // kCheapestHeads is G: the mask is packed, splitting could only cost more
+  s.heads_per_unit = heads.heads_per_unit;  // kCheapestHeads is G
   s.sub_groups = input.num_q_heads / heads.heads_per_unit;
   s.page_tokens = input.page_tokens;
-  s.block_tokens = mean_key_block_tokens(TileShape::kPacked, heads.group, input.page_tokens);
+  s.mask_heads = input.mask_heads == 0 ? s.num_kv_heads : input.mask_heads;
+  s.block_tokens = input.block_tokens == 0 ? mean_key_block_tokens(TileShape::kPacked, heads.group, input.page_tokens)
+                                           : input.block_tokens;
+  if (input.options.heads_per_unit == kCheapestHeads && s.mask_heads != s.num_kv_heads) {
+    return kRefuse.missing(
+        "union options: heads_per_unit is the cheapest and the mask has a row per query head; the "
+        "union on the device chooses among rows per KV head");
+  }
   s.span_tokens = span_tokens_of(input.options, heads.heads_per_unit);
   s.words_per_row = words_for_bits(input.max_context_tokens / input.page_tokens);
   s.list_capacity = num_runs(0, input.max_context_tokens, input.page_tokens);
@@ -99,7 +114,7 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   const std::int64_t entries = max_units * s.list_capacity;
   const std::int64_t trees = std::int64_t{s.num_chunks} * s.sub_groups;
   const std::int64_t max_nodes = max_unite_nodes(max_spans, s.num_chunks, s.sub_groups);
-  if (entries > kMostEntries || max_nodes > kMostEntries || max_blocks * s.num_kv_heads > kMostEntries ||
+  if (entries > kMostEntries || max_nodes > kMostEntries || max_blocks * input.num_q_heads > kMostEntries ||
       trees > kMostEntries) {
     return kRefuse.wrong("{} units of up to {} pages are too many for one step; at most 2^31 list entries", max_units,
                          s.list_capacity);
@@ -130,7 +145,8 @@ Result<StepLayout> lay_out_step(const CudaStepInput& input) {
   sizes.max_units = static_cast<std::int32_t>(max_units);
   sizes.list_capacity = s.list_capacity;
   sizes.num_stats = static_cast<std::int32_t>(trees);
-  sizes.mask_words = max_blocks * s.num_kv_heads * s.words_per_row;
+  sizes.mask_heads = s.mask_heads;
+  sizes.mask_words = max_blocks * s.mask_heads * s.words_per_row;
   sizes.num_list_entries = entries;
   return layout;
 }

@@ -43,7 +43,7 @@ struct UniteArgs {
   StepTables tables;
   const std::int32_t* page_tables = nullptr;
   std::int64_t page_table_stride = 0;
-  const std::uint64_t* mask = nullptr;  // [Hkv, max_blocks, words_per_row]
+  const std::uint64_t* mask = nullptr;  // [mask_heads, max_blocks, words_per_row]
   ForcedPages forced;
   bool dense = false;  // all pages, asked for
   bool adaptive = false;
@@ -193,35 +193,41 @@ class UniteTree {
     for (std::int32_t k = lane; k < leaves_.count; k += num_lanes) nodes_[k] = UniteNode{};
   }
 
-  // ORs every `slices`th row of span k into its words, and adds the rows * pages that they want.
+  // ORs the rows of every `slices`th block of span k into its words, and adds the rows * pages that they want.
   template <class Team>
   CA_HOST_DEVICE void unite_rows(Team& team, std::int32_t k, std::int32_t slice, std::int32_t slices) {
     const StepShape& s = args_.shape;
     const Tokens span = tokens_of(leaves_.first + k, s.span_tokens);
-    const std::int32_t kv_head = tree_ % s.sub_groups * s.heads_per_unit / s.group;
+    // The sub-group's rows: one of its KV head, for heads_per_unit query heads, or one for each of these.
+    const bool shared_rows = s.mask_heads == s.num_kv_heads;
+    const std::int32_t q_head = tree_ % s.sub_groups * s.heads_per_unit;
+    const std::int32_t first_head = shared_rows ? q_head / s.group : q_head;
+    const std::int32_t end_head = first_head + (shared_rows ? 1 : s.heads_per_unit);
     const std::int32_t first_block = chunk_.chunk_start / s.block_tokens;
-    const std::int64_t first_row = std::int64_t{kv_head} * s.max_blocks + chunk_.first_block - first_block;
     const std::int32_t begin = span.begin / s.block_tokens, end = (span.end - 1) / s.block_tokens + 1;
     std::int64_t wanted = 0;
     for (std::int32_t w = team.lane(); w < s.words_per_row; w += team.lanes()) {
       const std::uint64_t past = bits_in_word(0, past_pages_, w);
       std::uint64_t united = 0;
-      CA_DEVICE_UNROLL_4  // reads of four rows are on their way at once
-          for (std::int32_t i = begin + slice; i < end; i += slices) {
-        const Tokens block = tokens_of(i, s.block_tokens);
-        const ForcedRanges forced =
-            forced_ranges_at(args_.forced, block.begin, block.end - block.begin, s.page_tokens, past_pages_);
-        const std::uint64_t word = (args_.mask[(first_row + i) * s.words_per_row + w] & past) |
-                                   bits_in_word(0, forced.sink_end, w) |
-                                   bits_in_word(forced.window_begin, forced.window_end, w);
-        const std::int32_t tokens =
-            (block.end < span.end ? block.end : span.end) - (block.begin > span.begin ? block.begin : span.begin);
-        wanted += std::int64_t{count_bits(word)} * tokens;
-        united |= word;
+      for (std::int32_t head = first_head; head < end_head; ++head) {
+        const std::int64_t first_row = std::int64_t{head} * s.max_blocks + chunk_.first_block - first_block;
+        CA_DEVICE_UNROLL_4  // reads of four rows are on their way at once
+            for (std::int32_t i = begin + slice; i < end; i += slices) {
+          const Tokens block = tokens_of(i, s.block_tokens);
+          const ForcedRanges forced =
+              forced_ranges_at(args_.forced, block.begin, block.end - block.begin, s.page_tokens, past_pages_);
+          const std::uint64_t word = (args_.mask[(first_row + i) * s.words_per_row + w] & past) |
+                                     bits_in_word(0, forced.sink_end, w) |
+                                     bits_in_word(forced.window_begin, forced.window_end, w);
+          const std::int32_t tokens =
+              (block.end < span.end ? block.end : span.end) - (block.begin > span.begin ? block.begin : span.begin);
+          wanted += std::int64_t{count_bits(word)} * tokens;
+          united |= word;
+        }
       }
       if (united != 0) team.or_into(&words_of(k)[w], united);
     }
-    wanted = team.warp_sum(wanted) * s.heads_per_unit;
+    wanted = team.warp_sum(wanted) * (shared_rows ? s.heads_per_unit : 1);
     if (team.lane() == 0 && wanted != 0) team.add_into(&nodes_[k].wanted, wanted);
   }
 
