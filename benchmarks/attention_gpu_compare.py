@@ -1,9 +1,6 @@
 """Attention over page lists by libcompact.so beside dense attention of PyTorch (cuDNN, FlashAttention-2), in one process.
 
-A GPU under full load lowers its clock, so figures of two programs, or of one minute and the next, do not compare. Here the
-candidates of a shape take turns: a second of all of them to settle, then rounds in which each runs about 20 ms in a row. A
-candidate's figure is the median over the rounds of its mean time per call ("sustained"); a ratio is the median of the
-ratios within a round. "burst" is the best of a few calls after a pause, at whatever clock the GPU then has.
+Candidates take turns; what a figure is: gpu_compare.py.
 
     attention_gpu_compare.py --library build/cuda/libcompact.so [--quick] [--filter TEXT] [--peer FILE.py ...] [--json FILE]
 
@@ -19,19 +16,11 @@ count the pairs that the candidate has to compute: visible ones for page lists.
 import argparse
 import ctypes
 import dataclasses
-import datetime
-import importlib.util
-import json
-import statistics
-import time
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SETS = 3
-DEVICE = "cuda"
-SLICE_MS = 20.0
+import gpu_compare
+from gpu_compare import DEVICE, LARGEST_ERROR, SETS, compare, sm_clock_mhz
 
 
 class Attention(ctypes.Structure):  # ca_attention, include/compact/compact.h
@@ -48,16 +37,7 @@ class Attention(ctypes.Structure):  # ca_attention, include/compact/compact.h
         + [("softmax_scale", ctypes.c_float)])
 
 
-class Library:
-    def __init__(self, path: str):
-        self.lib = ctypes.CDLL(path)
-        self.lib.ca_last_error.restype = ctypes.c_char_p
-        self.lib.ca_version.restype = ctypes.c_char_p
-
-    def check(self, status: int) -> None:
-        if status != 0:
-            raise RuntimeError(self.lib.ca_last_error().decode())
-
+class Library(gpu_compare.Library):
     def workspace(self, attention: Attention) -> torch.Tensor:
         size = ctypes.c_int64()
         self.check(self.lib.ca_attention_cuda_workspace(ctypes.byref(attention), None, ctypes.byref(size)))
@@ -65,8 +45,7 @@ class Library:
 
     def run(self, attention: Attention, workspace: torch.Tensor) -> None:
         self.check(self.lib.ca_attention_run_cuda(
-            ctypes.byref(attention), None, ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(workspace.numel()),
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)))
+            ctypes.byref(attention), None, ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(workspace.numel()), self.stream()))
 
 
 @dataclasses.dataclass
@@ -110,64 +89,34 @@ def layouts():
                    "P64": dataclasses.replace(base, page=64), "P16": dataclasses.replace(base, page=16)}
 
 
-class Case:
-    """The tensors of a shape, SETS times.
-
-    q[i] [T, Hq, D], k[i] and v[i] [pages, P, Hkv, D], tables [B][L / P] physical pages, lists[b][h] the past pages listed
-    (ascending logical numbers; None: all), flop of the visible pairs.
-    """
+class Case(gpu_compare.PagedCase):
+    """The tensors of a shape, SETS times, and lists[b][h]: the past pages listed (ascending logical numbers; None: all); flop of
+    the visible pairs."""
 
     def __init__(self, shape: Shape):
-        self.shape = s = shape
-        generator = torch.Generator(device=DEVICE).manual_seed(1)
-        random = lambda *size: torch.randn(*size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-        pages = sum(s.contexts) // s.page
-        tokens = len(s.contexts) * s.chunk
-        self.q = [random(tokens, s.q_heads, s.dim) for _ in range(SETS)]
-        self.k, self.v = ([random(pages, s.page, s.kv_heads, s.dim) for _ in range(SETS)] for _ in range(2))
-        permuted = torch.randperm(pages, generator=generator, device=DEVICE).to(torch.int32)
-        if s.consecutive:
-            permuted = torch.arange(pages, device=DEVICE, dtype=torch.int32)
-        self.tables = list(permuted.split([length // s.page for length in s.contexts]))
-        self.lists, self.flop, self.all_flop = [], 0.0, 0.0
+        super().__init__(shape, shape.consecutive)
+        s = shape
+        self.lists, self.flop = [], 0.0
         group = s.q_heads // s.kv_heads
         for length in s.contexts:
             past = (length - s.chunk) // s.page
             keep = round(s.density * past)
             self.lists.append([
                 None if s.density == 1 else
-                torch.randperm(past, generator=generator, device=DEVICE)[:keep].sort().values.to(torch.int32)
+                torch.randperm(past, generator=self.generator, device=DEVICE)[:keep].sort().values.to(torch.int32)
                 for _ in range(s.kv_heads)])
             listed = (past if s.density == 1 else keep) * s.page
             self.flop += 4 * s.dim * group * s.kv_heads * s.chunk * (listed + (s.chunk + 1) / 2)
-            self.all_flop += 4 * s.dim * s.q_heads * s.chunk * length
 
-    def contiguous(self, i: int):
-        """q [B, Hq, C, D], k and v [B, Hkv, L, D] of equal contexts."""
+    def pages_of(self, request: int, rows, head: int) -> torch.Tensor:
+        """The pages that a row's list holds, the chunk's included: bool [rows, L / P]."""
         s = self.shape
-        q = self.q[i].view(len(s.contexts), s.chunk, s.q_heads, s.dim).transpose(1, 2).contiguous()
-        gather = lambda x: torch.stack([
-            x[table.long()].reshape(-1, s.kv_heads, s.dim).transpose(0, 1) for table in self.tables]).contiguous()
-        return q, gather(self.k[i]), gather(self.v[i])
-
-    def reference(self, request: int, rows, head: int, causal: bool) -> torch.Tensor:
-        """Float32 attention of some query rows of one head of set 0 [rows, D]."""
-        s = self.shape
-        kv_head, length = head // (s.q_heads // s.kv_heads), s.contexts[request]
-        past = length - s.chunk
-        k, v = (x[0][self.tables[request].long(), :, kv_head].reshape(length, s.dim).float() for x in (self.k, self.v))
-        position = torch.arange(length, device=DEVICE)
-        seen = torch.ones(len(rows), length, dtype=torch.bool, device=DEVICE)
-        if causal:
-            chosen = self.lists[request][kv_head]
-            if chosen is not None:
-                listed = torch.zeros(past // s.page, dtype=torch.bool, device=DEVICE)
-                listed[chosen.long()] = True
-                seen[:, :past] = listed.repeat_interleave(s.page)
-            seen &= position <= past + rows[:, None]
-        begin = sum(s.chunk for _ in s.contexts[:request])
-        scores = self.q[0][begin + rows, head].float() @ k.T * s.dim**-0.5
-        return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+        chosen = self.lists[request][head // (s.q_heads // s.kv_heads)]
+        pages = self.all_pages(request, rows, head)
+        if chosen is not None:
+            pages[:, :(s.contexts[request] - s.chunk) // s.page] = False
+            pages[:, chosen.long()] = True
+        return pages
 
 
 def ours(case: Case, library: Library):
@@ -207,83 +156,10 @@ def ours(case: Case, library: Library):
     return run
 
 
-def dense_peers(case: Case):
-    """{name: run(i)}, outputs [B, Hq, C, D]."""
+def dense_peers(case: Case) -> dict:
     if len(set(case.shape.contexts)) > 1 or case.shape.density < 1:
         return {}
-    sets = [case.contiguous(i) for i in range(SETS)]
-
-    def peer(backend):
-        def run(i: int) -> torch.Tensor:
-            with sdpa_kernel(backend):
-                q, k, v = sets[i % SETS]
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return run
-
-    return {"cuDNN": peer(SDPBackend.CUDNN_ATTENTION), "FA2": peer(SDPBackend.FLASH_ATTENTION)}
-
-
-def error_of(case: Case, output: torch.Tensor, dense: bool) -> float:
-    """Relative L2 distance to the reference on five rows of two heads."""
-    s = case.shape
-    rows = torch.tensor([0, 31, 32, s.chunk // 2, s.chunk - 1], device=DEVICE)
-    got, want = [], []
-    for request, head in ((0, 0), (len(s.contexts) - 1, s.q_heads - 1)):
-        got.append(output[request, head, rows] if dense else output[request * s.chunk + rows, head])
-        want.append(case.reference(request, rows, head, causal=not dense))
-    got, want = torch.cat(got).float(), torch.cat(want)
-    return ((got - want).norm() / want.norm()).item()
-
-
-def time_calls(run, calls: int, first: int) -> float:
-    """Mean ms of `calls` calls queued in a row."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for i in range(calls):
-        run(first + i)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / calls
-
-
-def compare(candidates: dict, rounds: int, settle_seconds: float) -> dict:
-    """{name: {burst_ms, sustained_ms, ratio_to_first}}"""
-    burst, calls = {}, {}
-    for name, run in candidates.items():
-        for i in range(SETS):
-            run(i)
-        torch.cuda.synchronize()
-        guess = time_calls(run, 3, 0)
-        calls[name] = max(3, int(SLICE_MS / guess))
-        time.sleep(0.2)
-        burst[name] = min(time_calls(run, max(2, int(2.0 / guess)), i) for i in range(3))
-    began = time.time()
-    while time.time() - began < settle_seconds:
-        for name, run in candidates.items():
-            time_calls(run, calls[name], 0)
-    slices = {name: [] for name in candidates}
-    order = list(candidates)
-    for round_index in range(rounds):
-        for name in order[round_index % len(order):] + order[:round_index % len(order)]:
-            slices[name].append(time_calls(candidates[name], calls[name], round_index))
-    first = order[0]
-    return {name: {"burst_ms": burst[name], "sustained_ms": statistics.median(times),
-                   "ratio_to_first": statistics.median(a / b for a, b in zip(times, slices[first]))}
-            for name, times in slices.items()}
-
-
-def sm_clock_mhz() -> int:
-    try:
-        return torch.cuda.clock_rate()
-    except Exception:  # the library that reads it is optional
-        return 0
-
-
-def load_peer(path: str):
-    spec = importlib.util.spec_from_file_location("peer", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return gpu_compare.dense_peers(case)
 
 
 def main() -> None:
@@ -300,9 +176,9 @@ def main() -> None:
     for text in args.library:
         name, _, path = text.rpartition("=")
         libraries[name or "compact"] = Library(path)
-    peers = [load_peer(path) for path in args.peer]
+    peers = [gpu_compare.load_peer(path) for path in args.peer]
     rounds, settle = (9, 0.4) if args.quick else (15, 1.0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    print(gpu_compare.machine())
 
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     gemm = compare({"GEMM": lambda i: a @ b}, rounds, settle)["GEMM"]
@@ -318,7 +194,7 @@ def main() -> None:
         figures = compare(candidates, rounds, settle)
         clock = sm_clock_mhz()
         for candidate, row in figures.items():
-            wrong = "" if errors[candidate] < 1e-2 else "  WRONG"
+            wrong = "" if errors[candidate] < LARGEST_ERROR else "  WRONG"
             print(f"{name:38} {candidate:14} {row['sustained_ms']:12.4f} {flop[candidate] / row['sustained_ms'] * 1e-9:6.1f} "
                   f"{row['burst_ms']:9.4f} {flop[candidate] / row['burst_ms'] * 1e-9:6.1f} {row['ratio_to_first']:9.3f} "
                   f"{errors[candidate]:7.4f} {clock}{wrong}", flush=True)
@@ -335,8 +211,9 @@ def main() -> None:
         for peer in peers:
             candidates |= peer.candidates(case)
         candidates |= dense
-        errors = {name: error_of(case, run(0), name in dense) for name, run in candidates.items()}
-        measure(shape.name, candidates, {name: case.all_flop if name in dense else case.flop for name in candidates}, errors)
+        errors = {name: case.error_of(run(0), case.all_pages if name in dense else case.pages_of, name in dense)
+                  for name, run in candidates.items()}
+        measure(shape.name, candidates, {name: case.all_flop() if name in dense else case.flop for name in candidates}, errors)
         del case, candidates, dense
     for group in layouts():
         name = next(iter(group.values())).name
@@ -344,15 +221,11 @@ def main() -> None:
             continue
         cases = {candidate: Case(shape) for candidate, shape in group.items()}
         candidates = {candidate: ours(case, next(iter(libraries.values()))) for candidate, case in cases.items()}
-        errors = {candidate: error_of(case, candidates[candidate](0), False) for candidate, case in cases.items()}
+        errors = {candidate: case.error_of(candidates[candidate](0), case.pages_of, dense=False) for candidate, case in cases.items()}
         measure(name, candidates, {candidate: case.flop for candidate, case in cases.items()}, errors)
         del cases, candidates
     if args.json:
-        versions = {name: library.lib.ca_version().decode() for name, library in libraries.items()}
-        with open(args.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                       "cudnn": torch.backends.cudnn.version(), "versions": versions, "commit": args.commit,
-                       "date": datetime.date.today().isoformat(), "quick": args.quick, "rows": rows}, file, indent=1)
+        gpu_compare.write_record(args.json, libraries, args.commit, args.quick, rows)
 
 
 if __name__ == "__main__":

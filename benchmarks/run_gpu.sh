@@ -9,7 +9,7 @@
 #                sm90 kernel hangs, it runs again on kernels that say who waited for what (attention_gpu_spin_test)
 #   sanitizer    memcheck, racecheck and synccheck on small shapes
 #   bench        our benchmarks (attention, then the whole step); --quick: the shapes of the targets only
-#   peers        our kernel and dense attention of PyTorch in turns, in one process (needs torch)
+#   peers        our kernel, then our step, and dense attention of PyTorch in turns, in one process (needs torch)
 #   engine       the engine's tests, the demo on both backends, and time to first token of the Llama-3.1-8B shape; --quick: to
 #                32K tokens only. Needs cuBLASLt: the toolkit's, or that of an installed PyTorch
 #   experiments  sm90_experiments E1 to E5; --quick: E2 and one second of E5
@@ -78,7 +78,7 @@ layouts() {
 tests() {
   local names binary
   : >"$out/tests/summary"
-  for binary in append_gpu_test attention_gpu_test step_gpu_test; do
+  for binary in append_gpu_test attention_gpu_test scores_gpu_test select_gpu_test step_gpu_test; do
     export TEST_BINARY=$gpu/$binary
     if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
       row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
@@ -114,6 +114,10 @@ sanitizer() {
       --gtest_filter='*ManyChunks*:*OutOfRange*'
     limited "sanitizer_step_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/step_gpu_test" \
       --gtest_filter='*ShareZero*:*ChunkPages*:*Nonfinite*'
+    limited "sanitizer_scores_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/scores_gpu_test" \
+      --gtest_filter='*RowsWithout*'
+    limited "sanitizer_select_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/select_gpu_test" \
+      --gtest_filter='Summaries*:*LargeSteps*:*TheStepTakes*'
   done
 }
 
@@ -142,6 +146,9 @@ peers() {
   limited peers 300 python3 "$here/attention_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
     --json "$out/attention_gpu.json"
   cat "$out/peers.log" 2>/dev/null
+  limited step_peers 200 python3 "$here/step_gpu_compare.py" --library "$build/libcompact.so" $($quick && echo --quick) \
+    --json "$out/step_gpu_compare.json"
+  cat "$out/step_peers.log" 2>/dev/null
 }
 
 engine() {

@@ -256,6 +256,27 @@ def step_gpu_table(figures: dict) -> str:
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
+def step_gpu_compare_table(figures: dict) -> str:
+    """A line per shape and candidate; parts of a peer's step (no density of their own) after it."""
+    shapes = {}
+    for row in figures["rows"]:
+        shapes.setdefault(row["shape"], []).append(row)
+    lines = [f"{figures['device']}, bf16, D 128, pages of 128 tokens in random order. One layer and chunk, in turns at the clock that full load leaves: `compact` is "
+             "selection, union and attention in one call at the default policy, `paper` unites whole chunks, `dense` reads all pages by the same call. FlashPrefill V2: its index "
+             "and its block-sparse kernel, replayed from a CUDA graph so that its Python costs nothing, at the largest threshold that keeps 0.98 of the density of `compact`, no tiles forced "
+             "dense, no mean correction. Its index takes the means of all pages anew at every call; `means kept`: without that. cuDNN computes the chunk's own pairs without a causal "
+             "mask. Error: relative L2 against float32 over the pages that the candidate reads.", "",
+             "| shape | candidate | ms | burst ms | density | rel. error | time / compact |", "|---|---|---|---|---|---|---|"]
+    for shape, rows in shapes.items():
+        for row in rows:
+            density, error = ("", "") if row["density"] is None else (f"{row['density']:.3f}", f"{row['relative_error']:.4f}")
+            lines.append(f"| {shape} | {row['candidate']} | {row['sustained_ms']:.3f} | {row['burst_ms']:.3f} | {density} | {error} | {row['ratio_to_first']:.2f} |")
+    settings = {f"{row['shape']}: {row['settings']}" for row in figures["rows"] if row["settings"]}
+    lines += ["", "Settings of FlashPrefill V2. " + ". ".join(sorted(settings)) + "."]
+    return "\n".join([*lines, "", "`python3 benchmarks/step_gpu_compare.py --library build/cuda/libcompact.so --json benchmarks/results/step_gpu_compare.json` with `--peer` for "
+                      f"FlashPrefill V2 (its commit 0f8e791, built apart), torch {figures['torch']}, cuDNN {figures['cudnn']}, commit {figures['commit']}, {figures['date']}."])
+
+
 def select_gpu_table(figures: dict) -> str:
     lines = ["Selection (`mean-key`, default rule) and union of one layer and chunk, each timed alone with the stream held.", "",
              "| shape | mode | density | inflation | plan us | select us | unite us | select + unite us |", "|---|---|---|---|---|---|---|---|"]
@@ -362,6 +383,9 @@ def tables() -> None:
     step_gpu, sdpa = load("step_gpu"), load("sdpa_cpu")
     if step_gpu:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
+    step_gpu_compare = load("step_gpu_compare")
+    if step_gpu_compare:
+        recorded += ["## The step on one GPU beside peers, `step_gpu_compare.json`", "", step_gpu_compare_table(step_gpu_compare), ""]
     select_gpu, step_gpu_short = load("select_gpu"), load("step_gpu_short")
     if select_gpu:
         recorded += ["## Selection and union on one GPU, `select_gpu.json`", "", select_gpu_table(select_gpu), ""]

@@ -60,7 +60,7 @@ class CudaSequence final : public Sequence {
   [[nodiscard]] CudaStepInput step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const;
   [[nodiscard]] PagedKvView layer_view(std::int32_t layer) const noexcept;
   [[nodiscard]] std::int64_t kept_bytes() const noexcept {  // of summaries on the device
-    return mean_k_.bytes() + sub_mean_k_.bytes() + norm_k_.bytes();
+    return mean_k_.bytes() + sub_mean_k_.bytes() + norm_k_.bytes() + gate_pool_.bytes() + gate_sum_.bytes();
   }
   [[nodiscard]] CudaPageSummaries layer_summaries(std::int32_t layer) const noexcept;
   [[nodiscard]] CudaSelectInput select_input(std::int32_t rows, std::int32_t layer) const noexcept;
@@ -72,6 +72,7 @@ class CudaSequence final : public Sequence {
 
   [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::int32_t> tokens, bool dense);
   [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status append(const Chunk& chunk, std::int32_t layer);
   [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Result<Lists> choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats);
@@ -98,9 +99,11 @@ class CudaSequence final : public Sequence {
 
   // The cache: logical page j of the one request is physical page j.
   DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]
-  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next two empty unless the selector reads it
+  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next four empty unless the selector reads it
   DeviceBuffer sub_mean_k_;   // bf16 [layers, num_pages, Hkv, P/w, D]
   DeviceBuffer norm_k_;       // [layers, num_pages, Hkv, P]
+  DeviceBuffer gate_pool_;    // [layers, num_pages, Hkv, P/64, 3, D]
+  DeviceBuffer gate_sum_;     // [layers, num_pages, Hkv, D]  of open blocks
   DeviceBuffer mean_tokens_;  // [num_pages]
   DeviceBuffer page_table_;   // [num_pages]
 
@@ -111,12 +114,14 @@ class CudaSequence final : public Sequence {
   DeviceBuffer normed_;    // bf16 [C, hidden]
   DeviceBuffer qkv_;       // bf16 [C, Hq + 2 Hkv, D]
   DeviceBuffer attended_;  // bf16 [C, Hq, D]
+  DeviceBuffer q_pre_;     // bf16 [C, Hq, D]  before RoPE, of seer alone
   DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
   DeviceBuffer mlp_;       // bf16 [C, intermediate]
   DeviceBuffer logits_;    // fp32 [1 or C, vocab]
 
   // The step.
   DeviceBuffer errors_;      // CudaStepError, CudaAttentionError
+  DeviceBuffer gates_;       // of seer: keys, queries of all layers, then frequencies
   DeviceBuffer thresholds_;  // [layers, mask heads] or empty
   DeviceBuffer mask_;        // [mask heads, blocks, words]
   DeviceBuffer all_pages_;   // [Hkv, blocks, words], all bits set: dense

@@ -12,6 +12,7 @@
 
 #include "engine/cli/files.h"
 #include "engine/eval/comparison.h"
+#include "engine/eval/selector_set.h"
 #include "engine/loader/json.h"
 
 namespace compact::engine {
@@ -66,13 +67,12 @@ class LadderMeter {
       SelectorOptions options = input.session.sparsity.selector;
       options.budget = {.kind = input.budget, .value = value};
       options.thresholds = {};
-      CA_ASSIGN_OR_RETURN(auto selector, make_selector(options));
-      meter.selectors_.push_back(std::move(selector));
+      CA_RETURN_IF_ERROR(meter.steps_.add(options));
     }
     return meter;
   }
 
-  [[nodiscard]] SummaryFields summaries() const { return selectors_.front()->needs().summaries; }
+  [[nodiscard]] SummaryFields summaries() const { return steps_.summaries(); }
   [[nodiscard]] std::int32_t num_heads() const noexcept { return num_heads_; }
 
   [[nodiscard]] Status step(const AttentionStep& step) {
@@ -80,8 +80,10 @@ class LadderMeter {
     const std::int32_t past_pages = step.chunk.num_past_pages(kv.page_tokens);
     if (past_pages == 0) return {};
     const std::span<const ChunkView> chunks(&step.chunk, 1);
-    for (std::size_t i = 0; i < selectors_.size(); ++i) {
-      CA_RETURN_IF_ERROR(selectors_[i]->select(select_input(step, kv, chunks, forced_), mask_, step.pool));
+    steps_.begin_step();
+    double seconds = 0;  // nobody asks
+    for (std::size_t i = 0; i < steps_.size(); ++i) {
+      CA_RETURN_IF_ERROR(steps_.select(i, select_input(step, kv, chunks, forced_), mask_, seconds, step.pool));
       if (i == 0) CA_RETURN_IF_ERROR(begin_step(step, kv, chunks));
       add_mask(step, kv.page_tokens, past_pages, i);
     }
@@ -105,7 +107,7 @@ class LadderMeter {
     if (num_heads_ == 0) {
       num_heads_ = mask_.mask_heads;
       const auto curves = static_cast<std::size_t>(num_layers_ * num_heads_);
-      sums_.assign(curves, std::vector<KeptShare>(selectors_.size()));
+      sums_.assign(curves, std::vector<KeptShare>(steps_.size()));
       rows_.assign(curves, 0);
       rows_pages_.assign(curves, 0);
     }
@@ -146,7 +148,7 @@ class LadderMeter {
     });
   }
 
-  std::vector<std::unique_ptr<Selector>> selectors_;  // [steps]
+  SelectorSet steps_;  // of the ladder
   ForcedPages forced_;
   std::int32_t num_layers_ = 0;
   std::int32_t num_heads_ = 0;

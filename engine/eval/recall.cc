@@ -10,6 +10,7 @@
 #include <span>
 #include <utility>
 
+#include "engine/eval/selector_set.h"
 #include "engine/model/stopwatch.h"
 
 namespace compact::engine {
@@ -150,16 +151,13 @@ class RecallMeter {
     meter.config_ = &config;
     meter.measure_ = measure;
     for (const RecallSelector& selector : selectors) {
-      CA_ASSIGN_OR_RETURN(auto made, make_selector(selector.options.selector));
-      meter.selectors_.push_back({&selector, std::move(made), nullptr});
+      CA_RETURN_IF_ERROR(meter.set_.add(selector.options.selector));
+      meter.selectors_.push_back({&selector, nullptr});
     }
     return meter;
   }
 
-  [[nodiscard]] SummaryFields summaries(SummaryFields fields) const {
-    for (const Entry& entry : selectors_) fields = either(fields, entry.selector->needs().summaries);
-    return fields;
-  }
+  [[nodiscard]] SummaryFields summaries() const { return set_.summaries(); }
 
   // Where the next steps are added.
   void enter(GroupRecall& group) {
@@ -181,8 +179,9 @@ class RecallMeter {
     if (past_pages == 0) return {};
     const std::span<const ChunkView> chunks(&step.chunk, 1);
     if (measure_ == RecallMeasure::kMass) CA_RETURN_IF_ERROR(compute_mass(step, kv, chunks));
-    for (Entry& entry : selectors_) {
-      CA_RETURN_IF_ERROR(measure(step, kv, chunks, past_pages, entry));
+    set_.begin_step();
+    for (std::size_t i = 0; i < selectors_.size(); ++i) {
+      CA_RETURN_IF_ERROR(measure(step, kv, chunks, past_pages, i));
     }
     return {};
   }
@@ -190,7 +189,6 @@ class RecallMeter {
  private:
   struct Entry {
     const RecallSelector* given;
-    std::unique_ptr<Selector> selector;
     SelectorRecall* sums;
   };
 
@@ -208,12 +206,11 @@ class RecallMeter {
   }
 
   [[nodiscard]] Status measure(const AttentionStep& step, const PagedKvView& kv, std::span<const ChunkView> chunks,
-                               std::int32_t past_pages, Entry& entry) {
-    const SparsityOptions& options = entry.given->options;
-    SelectorRecall& sums = *entry.sums;
-    const Stopwatch select_stopwatch;
-    CA_RETURN_IF_ERROR(entry.selector->select(select_input(step, kv, chunks, options.forced), mask_, step.pool));
-    sums.select_seconds += select_stopwatch.seconds();
+                               std::int32_t past_pages, std::size_t entry) {
+    const SparsityOptions& options = selectors_[entry].given->options;
+    SelectorRecall& sums = *selectors_[entry].sums;
+    CA_RETURN_IF_ERROR(
+        set_.select(entry, select_input(step, kv, chunks, options.forced), mask_, sums.select_seconds, step.pool));
     const Stopwatch unite_stopwatch;
     CA_RETURN_IF_ERROR(build_page_lists(
         {chunks, step.q.heads, kv.num_kv_heads, kv.page_tokens, kv.num_pages, options.forced, options.unite}, mask_,
@@ -240,6 +237,7 @@ class RecallMeter {
   const ModelConfig* config_ = nullptr;
   RecallMeasure measure_ = RecallMeasure::kMass;
   std::vector<Entry> selectors_;
+  SelectorSet set_;  // the same, in the same order
   PageMass mass_;
   BlockMask mask_;
   PageLists lists_;
@@ -290,7 +288,7 @@ Result<std::vector<GroupRecall>> measure_recall(const Model& model, const std::v
     }
     meter.enter(*group);
     CA_ASSIGN_OR_RETURN(Session session,
-                        Session::create(model, std::ssize(prompt.tokens), 0, dense, meter.summaries({})));
+                        Session::create(model, std::ssize(prompt.tokens), 0, dense, meter.summaries()));
     CA_RETURN_IF_ERROR(session.sequence().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
     CA_RETURN_IF_ERROR(session.prefill(prompt.tokens, LogitsOf::kNone, {}, pool));
     ++group->prompts;

@@ -89,6 +89,8 @@ struct Budget {
   float value = 0;             // not used by kNative
   std::int32_t min_pages = 0;  // every row keeps its best pages up to this many; 0: off
   std::int32_t max_pages = 0;  // and no more than this many; 0: off
+
+  friend bool operator==(const Budget&, const Budget&) = default;
 };
 
 /// "native", "threshold=0.02", "top=0.1", "mass=0.95", "density=0.1", each with ",min=N" and ",max=N" if wanted.
@@ -107,9 +109,12 @@ struct HeadThresholds {
                    : values[static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_heads) +
                             static_cast<std::size_t>(head)];
   }
+
+  friend bool operator==(const HeadThresholds&, const HeadThresholds&) = default;
 };
 
 struct ExternalMask;
+struct SelectScores;
 
 /// What a selector reads besides Q, the page tables and the token counts of pages.
 struct SelectorNeeds {
@@ -129,6 +134,7 @@ struct SelectInput {
   ForcedPages forced{};    // OR-ed into the lists later; budgets count them first
   const ExternalMask* external = nullptr;  // for the selector `external`
   ConstRows q_pre{};                       // [T, Hq, D]  before RoPE; for selectors that need q_pre
+  SelectScores* scores = nullptr;          // if set, select() fills this instead and leaves the mask without a bit
 };
 
 class Selector {
@@ -141,6 +147,26 @@ class Selector {
   /// past page (stale): a page is never left out silently.
   [[nodiscard]] virtual Status select(const SelectInput& input, BlockMask& mask, ThreadPool& pool) const = 0;
 };
+
+/// What a selector knows before its budget decides, kept so that several budgets can be tried on it: scoring is nearly
+/// all of a selection's time. Not of selectors without scores (dense, static, external), nor of sub-mean with its
+/// rescue rules, which add pages whatever the scores: these refuse SelectInput::scores.
+struct SelectScores {
+  std::int32_t mask_heads = 0;
+  std::int32_t heads_per_row = 1;          // query heads that share a row
+  std::int32_t row_pages = 0;              // places of a row
+  std::vector<QueryBlock> blocks;          // [num_blocks]
+  std::vector<float> scores;               // [mask_heads, num_blocks, row_pages]
+  std::vector<float> elsewhere;            // [mask_heads, num_blocks]  score of the chunk's pages, for kMass
+  std::vector<std::int32_t> scored_pages;  // [the same]  0: past pages; above: pages of the chunk compete under kMass
+  std::vector<std::int64_t> nonfinite;     // [the same]  query rows; above 0 the row keeps all its pages
+};
+
+/// The mask of `budget` from scores that select() has kept of the same step: the bits of a selector made with that
+/// budget (and thresholds per head). Of `input` it reads chunks, page_tokens, forced and layer. Errors:
+/// kInvalidArgument for kNative, which is the selector's own, thresholds of another shape, or scores of another step.
+[[nodiscard]] Status select_by_scores(const SelectInput& input, const SelectScores& scores, const Budget& budget,
+                                      const HeadThresholds& thresholds, BlockMask& mask, ThreadPool& pool);
 
 /// Which rows of a query block may score a page: those that see it from its last token on (kLast, FlashPrefill v1), or
 /// from its first (kFirst, v2), or all rows of the block if the page ends before the block begins (kFull, ours): the
@@ -169,6 +195,8 @@ struct MeanKeyOptions {
   /// keep j iff E[j] >= alpha * max E (sink and chunk pages included), the published rule and the only one for kTile.
   /// Used when >= 0, at most 1; 0 keeps every page.
   float alpha = -1.0F;
+
+  friend bool operator==(const MeanKeyOptions&, const MeanKeyOptions&) = default;
 };
 
 /// Our own selector: a page's part of a softmax over means of 32-token granules (docs/design/method.md 3.10).
@@ -186,12 +214,16 @@ struct SubMeanOptions {
   /// all keys. 0: off.
   std::int32_t probe_stride = 0;
   float probe_mass = 0.03F;
+
+  friend bool operator==(const SubMeanOptions&, const SubMeanOptions&) = default;
 };
 
 /// XAttention, arXiv 2503.16428: sums along antidiagonals of stride x stride squares (docs/design/method.md 3.7).
 struct XAttentionOptions {
   std::int32_t stride = 16;  // tokens; a power of two, at most a query block of min(128, P)
   float mass = 0.9F;         // of a row's sum that the kept pages reach, forced pages counted first; 1 or more: all
+
+  friend bool operator==(const XAttentionOptions&, const XAttentionOptions&) = default;
 };
 
 /// QUOKA, arXiv 2602.08722, by pages: the queries of a block that look least like their mean choose them
@@ -199,6 +231,8 @@ struct XAttentionOptions {
 struct QuokaOptions {
   std::int32_t picked_queries = 16;  // of each block of min(128, P) queries
   std::int32_t kept_tokens = 1024;   // each row keeps ceil(kept_tokens / P) pages
+
+  friend bool operator==(const QuokaOptions&, const QuokaOptions&) = default;
 };
 
 /// The gates of one model (SeerAttention's AttnGate, arXiv 2410.13276): linear maps of pooled queries and keys before
@@ -221,6 +255,8 @@ struct SeerOptions {
   /// keep a page if the gate's probability of one of its blocks is above this; 0 or less: every page.
   float threshold = 5e-4F;
   std::shared_ptr<const GateWeights> gates;
+
+  friend bool operator==(const SeerOptions&, const SeerOptions&) = default;
 };
 
 /// Pages drawn by a seeded hash: the control that a selector has to beat. One draw for each (layer, KV head), so that
@@ -228,6 +264,8 @@ struct SeerOptions {
 struct RandomOptions {
   std::uint64_t seed = 1;
   float share = 0.1F;  // of past pages
+
+  friend bool operator==(const RandomOptions&, const RandomOptions&) = default;
 };
 
 /// Masks and indices made elsewhere (trained indexers, research code): docs/design/method.md 3.9. The caller passes one
@@ -263,6 +301,8 @@ struct SelectorOptions {
   SeerOptions seer{};
   Budget budget{};              // in place of the selector's own rule; not for dense, static, external
   HeadThresholds thresholds{};  // in place of the one threshold (or share, mass, ...) of the rule in force
+
+  friend bool operator==(const SelectorOptions&, const SelectorOptions&) = default;
 };
 
 /// Known names, for messages and help: "dense, static, mean-key, ...".

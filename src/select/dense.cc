@@ -11,7 +11,7 @@ class DenseSelector final : public Selector {
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {}; }
 
   [[nodiscard]] Status select(const SelectInput& input, BlockMask& mask, ThreadPool&) const override {
-    CA_RETURN_IF_ERROR(check_select_input(input));
+    CA_RETURN_IF_ERROR(check_scoreless("dense", input));
     // Rows per query head: Hkv is not known without summaries.
     mask.reset(input.q.heads, input.page_tokens, input.chunks,
                make_query_blocks(input.chunks, block_tokens_within_page(kTileRows, input.page_tokens)));

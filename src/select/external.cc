@@ -145,7 +145,7 @@ class ExternalSelector final : public Selector {
   [[nodiscard]] SelectorNeeds needs() const noexcept override { return {}; }
 
   [[nodiscard]] Status select(const SelectInput& input, BlockMask& mask, ThreadPool&) const override {
-    CA_RETURN_IF_ERROR(check_select_input(input));
+    CA_RETURN_IF_ERROR(check_scoreless("external", input));
     if (input.external == nullptr) {
       return invalid_argument("external: the step has no mask; set SelectInput::external");
     }

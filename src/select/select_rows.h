@@ -46,10 +46,39 @@ struct RowVerdict {
 [[nodiscard]] ForcedRanges row_forced_ranges(const SelectInput& input, const QueryBlock& block,
                                              std::int32_t scored_pages) noexcept;
 
+/// Fills input.scores: the scores of every mask row that has past pages, whatever the rule would need of them.
+template <class Score>
+void keep_scores(const SelectInput& input, float native, std::int32_t heads_per_row, const BlockMask& mask,
+                 std::int64_t row_pages, ThreadPool& pool, Score score) {
+  SelectScores& kept = *input.scores;
+  const std::size_t num_blocks = mask.blocks.size();
+  const std::size_t num_rows = static_cast<std::size_t>(mask.mask_heads) * num_blocks;
+  kept.mask_heads = mask.mask_heads;
+  kept.heads_per_row = heads_per_row;
+  kept.row_pages = static_cast<std::int32_t>(row_pages);
+  kept.blocks = mask.blocks;
+  kept.scores.assign(num_rows * static_cast<std::size_t>(row_pages), 0.0F);
+  kept.elsewhere.assign(num_rows, 0.0F);
+  kept.scored_pages.assign(num_rows, 0);
+  kept.nonfinite.assign(num_rows, 0);
+  pool.parallel_for(static_cast<std::int64_t>(num_rows), [&](std::int64_t item, std::int32_t thread) {
+    const auto row = static_cast<std::size_t>(item);
+    const ChunkView& chunk = input.chunks[static_cast<std::size_t>(mask.blocks[row % num_blocks].chunk)];
+    if (chunk.num_past_pages(input.page_tokens) == 0) return;
+    const std::span<float> scores(kept.scores.data() + item * row_pages,
+                                  static_cast<std::size_t>(chunk.num_pages(input.page_tokens)));
+    const RowVerdict verdict = score(static_cast<std::int32_t>(row / num_blocks),
+                                     static_cast<std::int32_t>(row % num_blocks), native, scores, thread);
+    kept.elsewhere[row] = verdict.elsewhere;
+    kept.scored_pages[row] = verdict.scored_pages;
+    kept.nonfinite[row] = verdict.nonfinite_rows;
+  });
+}
+
 /// Calls `score(head, block, value, scores [Kb], thread) -> RowVerdict` for every mask row that has past pages and a
 /// choice, and writes the mask. The scorer fills scores [Np], or scored_pages of them. `mask` is reset; heads_per_row:
 /// query heads that share a row. A density budget is met for each chunk by itself, so that a request alone and in a
-/// batch selects the same pages.
+/// batch selects the same pages. Where input.scores is set, it is filled and nothing decided.
 template <class Score>
 Status select_rows(const char* who, const SelectInput& input, const RowRule& rule, std::int32_t heads_per_row,
                    BlockMask& mask, ThreadPool& pool, Score score) try {
@@ -59,6 +88,10 @@ Status select_rows(const char* who, const SelectInput& input, const RowRule& rul
   std::int64_t row_pages = 0;
   for (const ChunkView& chunk : input.chunks) {
     if (chunk.chunk_tokens > 0) row_pages = std::max<std::int64_t>(row_pages, chunk.num_pages(input.page_tokens));
+  }
+  if (input.scores != nullptr) {
+    keep_scores(input, rule.value, heads_per_row, mask, row_pages, pool, score);
+    return {};
   }
   const bool density = rule.kind == BudgetKind::kDensity;
   const auto num_threads = static_cast<std::size_t>(pool.num_threads());

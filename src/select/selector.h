@@ -17,6 +17,9 @@ inline constexpr std::int32_t kTileRows = 128;
 /// Shapes of the step: P, positions, rows of Q. Does not look at page tables or summaries.
 [[nodiscard]] Status check_select_input(const SelectInput& input);
 
+/// check_select_input, and that nobody asks for scores, which the selector `who` has not.
+[[nodiscard]] Status check_scoreless(const char* who, const SelectInput& input);
+
 /// check_select_input, page tables, that the cache keeps the `needed` summaries, and that every past page has a summary
 /// of exactly P tokens. `who` begins the message.
 [[nodiscard]] Status check_summary_input(const char* who, const SelectInput& input, const SummaryFields& needed);

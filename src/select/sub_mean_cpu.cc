@@ -81,6 +81,10 @@ Status select_sub_mean_cpu(const SelectInput& input, const SubMeanOptions& optio
                            const Budget& budget, const HeadThresholds& thresholds) try {
   CA_RETURN_IF_ERROR(check_sub_mean_options(options));
   CA_RETURN_IF_ERROR(check_sub_mean_input(input, options));
+  if (input.scores != nullptr && (options.min_coherence > 0 || options.probe_stride > 0)) {
+    return invalid_argument(
+        "sub-mean: its rescue rules add pages whatever the scores; allowed: scores kept without them");
+  }
   const std::int32_t group = reset_sub_mean_mask(input, mask);
   std::int32_t max_rows = 0;
   std::int32_t max_pages = 0;

@@ -29,7 +29,7 @@ void expect_ok(const Status& status) { ASSERT_TRUE(status.ok()) << status.messag
 // kSparePages belong to nobody and hold NaN.
 class Arena {
  public:
-  static constexpr std::int32_t kKvHeads = 2, kSparePages = 4, kQueryRows = 1024, kQueryHeads = 16;
+  static constexpr std::int32_t kKvHeads = 2, kSparePages = 4, kQueryRows = 1600, kQueryHeads = 16;
   const std::int32_t head_dim, page_tokens, num_pages;
   PagedKvView kv;       // device, of the step's own copy
   PagedKvView host_kv;  // host
@@ -125,7 +125,7 @@ class Arena {
 
 // One graph with plan, step and the move to the next chunk, replayed 64 times without a word from the host.
 TEST(StepRunGpu, OneGraphServesSixtyFourChunks) {
-  constexpr std::int32_t kChunk = 16, kChunks = 64, kHeads = 8;
+  constexpr std::int32_t kChunk = 16, kShortChunk = 9, kChunks = 64, kHeads = 8;
   Arena arena(128, 16, 2 * kChunks * kChunk / 16 + Arena::kSparePages);
   CudaStepInput step;
   std::vector<std::int32_t> tables(static_cast<std::size_t>(arena.num_pages - Arena::kSparePages));
@@ -133,14 +133,14 @@ TEST(StepRunGpu, OneGraphServesSixtyFourChunks) {
   StepRandom random(1);
   random.shuffle(tables);
   // Two requests: one grows from nothing, one has 300 tokens behind it and is cut inside pages.
-  const std::vector<CudaChunk> first = {{0, kChunk, 0, 0}, {kChunk * kChunks - 600, 9, 300, 1}};
+  const std::vector<CudaChunk> first = {{0, kChunk, 0, 0}, {kChunk * kChunks, kShortChunk, 300, 1}};
   DeviceBuffer chunks(first), table(tables), error(std::vector<std::int32_t>{0});
   step.chunks = chunks.as<CudaChunk>();
   step.page_tables = table.as<std::int32_t>();
   step.mean_tokens = arena.mean_tokens.as<std::int32_t>();
   step.page_table_stride = kChunks * kChunk / 16;
   step.num_table_rows = step.num_chunks = 2;
-  step.num_q_tokens = kChunk * kChunks;
+  step.num_q_tokens = (kChunk + kShortChunk) * kChunks;
   step.max_context_tokens = kChunk * kChunks;
   step.num_q_heads = kHeads;
   step.num_kv_heads = Arena::kKvHeads;
@@ -157,7 +157,6 @@ TEST(StepRunGpu, OneGraphServesSixtyFourChunks) {
   DeviceBuffer workspace(*bytes), reasons(std::int64_t{sizes->num_stats} * 4);
   layer.reasons = reasons.as<DenseReason>();
   const std::int64_t o_bytes = std::int64_t{step.num_q_tokens} * kHeads * 128 * 2;
-  // The second request's rows are those of the first one's later chunks: outputs of every step are kept apart.
   std::vector<DeviceBuffer> eager(kChunks);
   std::vector<std::vector<DenseReason>> eager_reasons(kChunks);
   std::int32_t sparse = 0;

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <ostream>
 #include <string>
@@ -321,6 +322,56 @@ TEST_P(BudgetedSelectors, BudgetsAreMonotone) {
         smaller = mask.words;
       }
     }
+  }
+}
+
+// Scores are kept once, and any budget on them is the selector's own with that budget.
+TEST_P(BudgetedSelectors, KeptScoresDecideAsTheSelectorItself) {
+  std::vector<BudgetKind> kinds = budget_kinds();
+  kinds.push_back(BudgetKind::kThreshold);
+  for (std::uint64_t seed = 1; seed <= 10; ++seed) {
+    const auto scorer = make();
+    const KvStep step(prepare(random_kv_step(seed), *scorer));
+    SCOPED_TRACE("seed " + std::to_string(seed) + " " + step.spec().describe());
+    SelectInput input = step.select_input();
+    input.forced = {step.spec().page_tokens, 2 * step.spec().page_tokens};
+    SelectScores scores;
+    input.scores = &scores;
+    const BlockMask nothing = select(*scorer, input, 2);
+    EXPECT_TRUE(std::all_of(nothing.words.begin(), nothing.words.end(), [](std::uint64_t w) { return w == 0; }));
+    input.scores = nullptr;
+    for (const BudgetKind kind : kinds) {
+      for (Budget budget : budget_ladder(kind)) {
+        budget.min_pages = static_cast<std::int32_t>(seed % 3);
+        SelectorOptions options = GetParam().options;
+        options.budget = budget;
+        const BlockMask want = select(*make(options), input);
+        ThreadPool pool(2);
+        BlockMask got;
+        const Status status = select_by_scores(input, scores, budget, {}, got, pool);
+        ASSERT_TRUE(status.ok()) << status.message();
+        EXPECT_EQ(got.words, want.words) << "kind " << static_cast<int>(kind) << " value " << budget.value;
+        EXPECT_EQ(got.nonfinite_rows, want.nonfinite_rows);
+      }
+    }
+  }
+}
+
+TEST(KeptScores, AreRefusedWhereThereAreNone) {
+  ThreadPool pool(1);
+  BlockMask mask;
+  SelectScores scores;
+  const KvStep step(random_kv_step(3));
+  SelectInput input = step.select_input();
+  const auto refused = [&](const Status& status, const char* text) {
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_THAT(status.message(), HasSubstr(text));
+  };
+  refused(select_by_scores(input, scores, {.kind = BudgetKind::kTopN, .value = 0.5F}, {}, mask, pool), "no scores");
+  refused(select_by_scores(input, scores, {}, {}, mask, pool), "native");
+  input.scores = &scores;
+  for (const char* name : {"dense", "static", "external"}) {
+    refused(make_selector({.name = name}).value()->select(input, mask, pool), "no scores");
   }
 }
 

@@ -94,6 +94,10 @@ class ChunkTeam {
     return static_cast<std::int32_t>(ptx::cluster_rank()) * kChunkThreads + static_cast<std::int32_t>(threadIdx.x);
   }
   __device__ static std::int32_t size() { return static_cast<std::int32_t>(ptx::cluster_size()) * kChunkThreads; }
+  __device__ static std::int32_t warp() { return index() / 32; }
+  __device__ static std::int32_t num_warps() { return size() / 32; }
+  __device__ static std::int32_t lane() { return index() % 32; }
+  __device__ static constexpr std::int32_t lanes() { return 32; }
 
   __device__ void sum(std::uint64_t (&x)[3]) {
     turn_ ^= 1;
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kRowThreads) choose_rows_kernel(ChooseArgs arg
   choose_row(team, args, row / args.rows.max_blocks, row % args.rows.max_blocks);
 }
 
-__global__ void __launch_bounds__(kChunkThreads) cut_chunks_kernel(ChooseArgs args) {
+__global__ void __launch_bounds__(kChunkThreads, 1) cut_chunks_kernel(ChooseArgs args) {
   __shared__ ChunkTeam::Shared shared;
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
@@ -164,7 +168,7 @@ cudaError_t launch_random_scores(const RandomScoreArgs& args, bool pdl, cudaStre
 }
 
 cudaError_t launch_choose_rows(const ChooseArgs& args, std::int32_t num_chunks, bool pdl, cudaStream_t stream) {
-  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule.kind, args.rule.value)) {
+  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule, args.rule.value)) {
     const std::int32_t cluster = pdl ? kClusterCtas : 1;  // both from 9.0 on
     const cudaError_t error =
         launch_kernel(cut_chunks_kernel, num_chunks * cluster, kChunkThreads, 0, pdl, stream, args, cluster);
