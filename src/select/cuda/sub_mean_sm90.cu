@@ -10,9 +10,7 @@
 //              since 128 rows x pages do not fit an SM. It goes to a place of the CTA in scratch that stays in L2
 //   at the end the row's log-sum-exp is known; a thread for each eight pages joins the rows in order
 //
-// Exponentials are fp16, two at a time: a score is within 0.6 % of its exact value (its exponent is rounded to 2^-8 at
-// 2^-8 of the row's largest and below, its weight to 2^-10 and 2^-11), and a weight below 2^-24 of the largest is 0. Same
-// input, same bits.
+// A weight is rounded to 11 bits, and one below 2^-25 of the row's largest is 0. Same input, same bits.
 #include <cuda_fp16.h>
 
 #include <cmath>
@@ -43,12 +41,13 @@ constexpr std::int32_t kStagePages = 32;
 constexpr std::int32_t kColumns = kStagePages * kPageGranules;
 constexpr std::int32_t kStages = 4;
 constexpr std::int32_t kProducerWarps = 4;
+constexpr std::int32_t kBatchRows = 16;  // that a thread reads at once at the end
 constexpr std::int32_t kConsumerWarps = 4 * kTiles;
 constexpr std::int32_t kConsumers = 32 * kConsumerWarps;
 constexpr std::int32_t kTileThreads = kConsumers / kTiles;
 constexpr std::int32_t kThreads = kConsumers + 32 * kProducerWarps;
 constexpr std::int32_t kPanelBytes = kColumns * ptx::kSwizzleRowBytes;  // of a stage and of a tile's queries
-constexpr float kLargestSum = 64.0f;  // of a thread's weights in a stage and row: then the shift moves
+constexpr float kLargestSum = 32768.0f;  // of a thread's weights in a stage and row: then the shift moves
 static_assert(kColumns == kTileRows);
 
 enum NamedBarrier { kTileDone = 1 };  // one for each tile
@@ -173,16 +172,6 @@ __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& sh
   }
 }
 
-__device__ __forceinline__ std::uint32_t half_exp2(float low, float high) {
-  std::uint32_t x = ptx::pack_pair<ptx::MmaType::kF16>(low, high), y;
-  asm("ex2.approx.f16x2 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ std::uint32_t half_add(std::uint32_t a, std::uint32_t b) {
-  std::uint32_t y;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
 __device__ __forceinline__ float2 half_floats(std::uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
@@ -201,17 +190,17 @@ __device__ __forceinline__ void weigh(std::uint32_t (&weights)[2][4], float (&su
     sum[h] = 0.0f;
 #pragma unroll
     for (std::int32_t m = 0; m < 4; ++m) {
-      std::uint32_t pages = 0;
+      float pages[2] = {0.0f, 0.0f};
 #pragma unroll
       for (std::int32_t g = 0; g < kPageGranules; ++g) {
-        const std::int32_t i = 4 * (4 * m + g) + 2 * h;
-        const std::uint32_t pair =
-            half_exp2(fmaf(s[i], scale_log2, -rows.shift[h]), fmaf(s[i + 1], scale_log2, -rows.shift[h]));
-        pages = g == 0 ? pair : half_add(pages, pair);
+#pragma unroll
+        for (std::int32_t e = 0; e < 2; ++e) {
+          const float x = fmaf(s[4 * (4 * m + g) + 2 * h + e], scale_log2, -rows.shift[h]);
+          pages[e] += ptx::fast_exp2(x);
+        }
       }
-      weights[h][m] = pages;
-      const float2 both = half_floats(pages);
-      sum[h] += both.x + both.y;
+      weights[h][m] = ptx::pack_pair<ptx::MmaType::kF16>(pages[0], pages[1]);
+      sum[h] += pages[0] + pages[1];
     }
   }
 }
@@ -247,7 +236,7 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
   const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(queries);
   const ptx::SmemDescriptor mean_descriptor = ptx::k_major_descriptor(ring);
   const std::int64_t place = std::int64_t{static_cast<std::int32_t>(blockIdx.x)} * kTiles + tile_idx;
-  const std::int64_t weight_row = std::int64_t{args.max_stages} * kStagePages;
+  const std::int32_t weight_row = args.max_stages * kStagePages;
   std::uint16_t* weights = args.weights + place * kTileRows * weight_row;
   float* shifts = args.shifts + place * kTileRows * args.max_stages;
   float first[kColumns / 2] = {}, second[kColumns / 2] = {};  // scores of the two blocks
@@ -339,7 +328,7 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
         const std::int32_t row = row_block * kBlockRows + first_row + 8 * h;
         *reinterpret_cast<uint4*>(weights + row * weight_row + u * kStagePages + lane % 4 * 8) =
             uint4{pages[h][0], pages[h][1], pages[h][2], pages[h][3]};
-        if (lane % 4 == 0) shifts[std::int64_t{row} * args.max_stages + u] = rows.shift[h];
+        if (lane % 4 == 0) shifts[row * args.max_stages + u] = rows.shift[h];
       }
     };
 
@@ -387,19 +376,28 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
       float sum[8] = {}, peak[8] = {};
       const std::uint16_t* from = weights + page;
       const float* shift = shifts + page / kStagePages;
-#pragma unroll 8
-      for (std::int32_t row = 0; row < num_rows; ++row) {
-        const uint4 eight = *reinterpret_cast<const uint4*>(from + row * weight_row);
-        const float factor =
-            ptx::fast_exp2(shift[std::int64_t{row} * args.max_stages] - shared.row_sums[tile_idx][row]);
-        const std::uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll 1
+      for (std::int32_t first_of_batch = 0; first_of_batch < num_rows; first_of_batch += kBatchRows) {
+        uint4 eight[kBatchRows];  // on their way at once
+        float factor[kBatchRows];
 #pragma unroll
-        for (std::int32_t i = 0; i < 4; ++i) {
-          const float2 both = half_floats(pairs[i]);
-          sum[2 * i] = fmaf(both.x, factor, sum[2 * i]);
-          sum[2 * i + 1] = fmaf(both.y, factor, sum[2 * i + 1]);
-          peak[2 * i] = fmaxf(peak[2 * i], both.x * factor);
-          peak[2 * i + 1] = fmaxf(peak[2 * i + 1], both.y * factor);
+        for (std::int32_t i = 0; i < kBatchRows; ++i) {
+          const std::int32_t row = first_of_batch + i;  // rows that do not exist are there, as zeros
+          eight[i] = *reinterpret_cast<const uint4*>(from + row * weight_row);
+          factor[i] = shift[row * args.max_stages];
+        }
+#pragma unroll
+        for (std::int32_t i = 0; i < kBatchRows; ++i) {
+          factor[i] = ptx::fast_exp2(factor[i] - shared.row_sums[tile_idx][first_of_batch + i]);
+          const std::uint32_t pairs[4] = {eight[i].x, eight[i].y, eight[i].z, eight[i].w};
+#pragma unroll
+          for (std::int32_t k = 0; k < 4; ++k) {
+            const float2 both = half_floats(pairs[k]);
+            sum[2 * k] = fmaf(both.x, factor[i], sum[2 * k]);
+            sum[2 * k + 1] = fmaf(both.y, factor[i], sum[2 * k + 1]);
+            peak[2 * k] = fmaxf(peak[2 * k], both.x * factor[i]);
+            peak[2 * k + 1] = fmaxf(peak[2 * k + 1], both.y * factor[i]);
+          }
         }
       }
 #pragma unroll
