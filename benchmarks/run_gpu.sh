@@ -78,7 +78,7 @@ layouts() {
 tests() {
   local names binary
   : >"$out/tests/summary"
-  for binary in append_gpu_test attention_gpu_test step_gpu_test; do
+  for binary in append_gpu_test attention_gpu_test scores_gpu_test select_gpu_test step_gpu_test; do
     export TEST_BINARY=$gpu/$binary
     if ! names=$("$TEST_BINARY" --gtest_list_tests 2>"$out/tests/list.log"); then
       row "NONE tests: $TEST_BINARY does not start (tests/list.log)"
@@ -114,6 +114,10 @@ sanitizer() {
       --gtest_filter='*ManyChunks*:*OutOfRange*'
     limited "sanitizer_step_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/step_gpu_test" \
       --gtest_filter='*ShareZero*:*ChunkPages*:*Nonfinite*'
+    limited "sanitizer_scores_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/scores_gpu_test" \
+      --gtest_filter='*RowsWithout*'
+    limited "sanitizer_select_$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$gpu/select_gpu_test" \
+      --gtest_filter='Summaries*:*LargeSteps*:*TheStepTakes*'
   done
 }
 

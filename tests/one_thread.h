@@ -69,6 +69,10 @@ struct ThreadOfGroup {
 
   [[nodiscard]] std::int32_t index() const { return thread; }
   [[nodiscard]] std::int32_t size() const { return threads; }
+  [[nodiscard]] std::int32_t warp() const { return thread; }
+  [[nodiscard]] std::int32_t num_warps() const { return threads; }
+  static std::int32_t lane() { return 0; }
+  static std::int32_t lanes() { return 1; }
   void sum(std::uint64_t (&x)[3]) {
     for (std::uint64_t& part : x) part = shared.join(thread, part, [](auto a, auto b) { return a + b; });
   }

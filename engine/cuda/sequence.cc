@@ -93,6 +93,12 @@ Status CudaSequence::allocate() {
     const std::int64_t page_keys = std::int64_t{c.num_key_value_heads} * o.page_tokens;
     CA_RETURN_IF_ERROR(take(norm_k_, 4 * page_keys * records, "key norms"));
   }
+  if (kept.gate_pool) {
+    const std::int64_t sums = kv_width * (o.page_tokens / kGateBlockTokens) * records;
+    CA_RETURN_IF_ERROR(take(gate_pool_, 3 * 4 * sums, "gate pools"));
+    CA_RETURN_IF_ERROR(take(gate_sum_, 4 * sums, "gate pools"));
+    CA_RETURN_IF_ERROR(take(q_pre_, rows * q_width * 2, "activations"));
+  }
   CA_RETURN_IF_ERROR(take(mean_tokens_, std::int64_t{num_pages_} * 4, "page means"));
   CA_RETURN_IF_ERROR(take(page_table_, std::int64_t{num_pages_} * 4, "a page table"));
   CA_RETURN_IF_ERROR(take(input_, num_requests_ * std::int64_t{sizeof(CudaChunk)} + rows * 4, "token ids"));
@@ -149,7 +155,8 @@ Status CudaSequence::allocate() {
   return stream_.synchronize("clearing memory");
 }
 
-// What a selection on the GPU takes: thresholds per head, and scores of the longest chunk on the longest context.
+// What a selection on the GPU takes: thresholds per head, gates, and scores of the longest chunk on the longest
+// context.
 Status CudaSequence::prepare_selection(std::int32_t context) {
   const HeadThresholds& table = options_.sparsity.selector.thresholds;
   if (!table.empty()) {
@@ -163,6 +170,19 @@ Status CudaSequence::prepare_selection(std::int32_t context) {
     CA_ASSIGN_OR_RETURN(thresholds_, DeviceBuffer::create(static_cast<std::int64_t>(bytes), "thresholds"));
     CA_RETURN_IF_ERROR(
         cuda_status(cudaMemcpy(thresholds_.data(), table.values.data(), bytes, cudaMemcpyHostToDevice), "thresholds"));
+  }
+  if (gate_pool_.bytes() > 0) {
+    const GateWeights& gates = *options_.sparsity.selector.seer.gates;
+    if (gates.num_layers != config_->num_hidden_layers) {
+      return invalid_argument(
+          fmt::format("gates of {} layers\n  allowed: {}, the model's", gates.num_layers, config_->num_hidden_layers));
+    }
+    std::vector<float> all = gates.key;
+    all.insert(all.end(), gates.query.begin(), gates.query.end());
+    all.insert(all.end(), gates.inverse_frequencies.begin(), gates.inverse_frequencies.end());
+    const std::size_t bytes = all.size() * sizeof(float);
+    CA_ASSIGN_OR_RETURN(gates_, DeviceBuffer::create(static_cast<std::int64_t>(bytes), "gates"));
+    CA_RETURN_IF_ERROR(cuda_status(cudaMemcpy(gates_.data(), all.data(), bytes, cudaMemcpyHostToDevice), "gates"));
   }
   CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
                       select_cuda_bytes(step_input(max_rows_, context, false), select_input(max_rows_, 0)));
@@ -211,7 +231,11 @@ CudaPageSummaries CudaSequence::layer_summaries(std::int32_t layer) const noexce
   const auto at = [&](const DeviceBuffer& buffer) -> char* {  // every layer has as many bytes
     return buffer.bytes() == 0 ? nullptr : buffer.as<char>() + buffer.bytes() / config_->num_hidden_layers * layer;
   };
-  return {.mean_k = at(mean_k_), .sub_mean_k = at(sub_mean_k_), .norm_k = reinterpret_cast<float*>(at(norm_k_))};
+  return {.mean_k = at(mean_k_),
+          .sub_mean_k = at(sub_mean_k_),
+          .norm_k = reinterpret_cast<float*>(at(norm_k_)),
+          .gate_pool = reinterpret_cast<float*>(at(gate_pool_)),
+          .gate_sum = reinterpret_cast<float*>(at(gate_sum_))};
 }
 
 // Those of the mirror too: they are kept for the selector or an observer, wherever they lie.
@@ -223,6 +247,15 @@ CudaSelectInput CudaSequence::select_input(std::int32_t rows, std::int32_t layer
   const CudaAttentionInput queries = attention_input(rows, layer, {});
   const float* const thresholds =
       thresholds_.bytes() == 0 ? nullptr : thresholds_.as<float>() + std::int64_t{layer} * mask_shape_.mask_heads;
+  CudaGates gates;
+  if (gates_.bytes() > 0) {
+    const GateWeights& host = *options_.sparsity.selector.seer.gates;
+    const auto keys = std::ssize(host.key), from_queries = std::ssize(host.query);
+    const auto* const all = gates_.as<float>();
+    gates.key = all + keys / host.num_layers * layer;
+    gates.query = host.query.empty() ? nullptr : all + keys + from_queries / host.num_layers * layer;
+    gates.inverse_frequencies = all + keys + from_queries;
+  }
   return {.options = &options_.sparsity.selector,
           .q = queries.q,
           .q_token_stride = queries.q_token_stride,
@@ -232,6 +265,10 @@ CudaSelectInput CudaSequence::select_input(std::int32_t rows, std::int32_t layer
           .softmax_scale = queries.softmax_scale,
           .kv = queries.kv,
           .summaries = layer_summaries(layer),
+          .q_pre = q_pre_.data(),
+          .q_pre_token_stride = std::int64_t{config_->num_attention_heads} * config_->head_dim,
+          .q_pre_head_stride = config_->head_dim,
+          .gates = gates,
           .layer = layer,
           .head_thresholds = thresholds};
 }
@@ -378,34 +415,55 @@ Status CudaSequence::run_layer(const Chunk& chunk, std::int32_t layer, ThreadPoo
                  Gemm::Output::kBf16Accumulate);
 }
 
-Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+// Queries and keys normed and rotated, K and V into pages, and what selectors read beside them.
+Status CudaSequence::append(const Chunk& chunk, std::int32_t layer) {
   const ModelConfig& c = *config_;
   const CudaBlock& block = model_->weights().blocks()[static_cast<std::size_t>(layer)];
   const PagedKvView kv = layer_view(layer);
+  const CudaPageSummaries summaries = layer_summaries(layer);
   auto* const q = qkv_.as<Bf16Bits>();  // [C, Hq + 2 Hkv, D]
   auto* const k = q + std::int64_t{c.num_attention_heads} * c.head_dim;
   auto* const v = k + std::int64_t{c.num_key_value_heads} * c.head_dim;
   const std::int64_t token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim;
-  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
-  const CudaAppendInput append{.q = q,
-                               .q_token_stride = token_stride,
-                               .q_head_stride = c.head_dim,
-                               .k = k,
-                               .k_token_stride = token_stride,
-                               .k_head_stride = c.head_dim,
-                               .v = v,
-                               .v_token_stride = token_stride,
-                               .v_head_stride = c.head_dim,
-                               .rope_table = rope_.as<float>(),
-                               .q_norm = block.q_norm,
-                               .k_norm = block.k_norm,
-                               .norm_eps = static_cast<float>(c.rms_norm_eps)};
-  const CudaPageSummaries summaries = layer_summaries(layer);
+  CudaAppendInput append{.q = q,
+                         .q_token_stride = token_stride,
+                         .q_head_stride = c.head_dim,
+                         .k = k,
+                         .k_token_stride = token_stride,
+                         .k_head_stride = c.head_dim,
+                         .v = v,
+                         .v_token_stride = token_stride,
+                         .v_head_stride = c.head_dim,
+                         .rope_table = rope_.as<float>(),
+                         .q_norm = block.q_norm,
+                         .k_norm = block.k_norm,
+                         .norm_eps = static_cast<float>(c.rms_norm_eps)};
+  if (summaries.gate_pool != nullptr) {
+    // Gates read both before RoPE: keys lie in the pages for a moment as normed, queries are normed for good.
+    CudaAppendInput normed = append;
+    normed.rope_table = nullptr;
+    CA_RETURN_IF_ERROR(append_cuda(chunk.step, normed, kv, nullptr, nullptr, stream_.get()));
+    CA_RETURN_IF_ERROR(gate_pools_cuda(chunk.step, kv, summaries, stream_.get()));
+    const std::size_t row_bytes = static_cast<std::size_t>(c.num_attention_heads * c.head_dim) * sizeof(Bf16Bits);
+    CA_RETURN_IF_ERROR(cuda_status(
+        cudaMemcpy2DAsync(q_pre_.data(), row_bytes, q, static_cast<std::size_t>(token_stride) * sizeof(Bf16Bits),
+                          row_bytes, static_cast<std::size_t>(chunk.rows), cudaMemcpyDeviceToDevice, stream_.get()),
+        "queries before RoPE"));
+    append.q_norm = nullptr;
+  }
   CA_RETURN_IF_ERROR(
       append_cuda(chunk.step, append, kv, summaries.mean_k, mean_tokens_.as<std::int32_t>(), stream_.get()));
-  CA_RETURN_IF_ERROR(page_summaries_cuda(chunk.step, kv, summaries, stream_.get()));
+  return page_summaries_cuda(chunk.step, kv, summaries, stream_.get());
+}
+
+Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+  const ModelConfig& c = *config_;
+  const PagedKvView kv = layer_view(layer);
+  const CudaAttentionInput queries = attention_input(chunk.rows, layer, {});
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
+  CA_RETURN_IF_ERROR(append(chunk, layer));
   if (mirrors_ && chunk.parts.front().reason != DenseReason::kRequested) {
-    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, q, token_stride, kv, stream_, pool));
+    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, queries.q, queries.q_token_stride, kv, stream_, pool));
     if (observer_) {
       CA_RETURN_IF_ERROR(observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(c), pool}));
     }

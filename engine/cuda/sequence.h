@@ -80,7 +80,7 @@ class CudaSequence final : public Sequence, public Batch {
   [[nodiscard]] CudaStepInput step_input(std::int32_t rows, std::int32_t context_tokens, bool dense) const;
   [[nodiscard]] PagedKvView layer_view(std::int32_t layer) const noexcept;
   [[nodiscard]] std::int64_t kept_bytes() const noexcept {  // of summaries on the device
-    return mean_k_.bytes() + sub_mean_k_.bytes() + norm_k_.bytes();
+    return mean_k_.bytes() + sub_mean_k_.bytes() + norm_k_.bytes() + gate_pool_.bytes() + gate_sum_.bytes();
   }
   [[nodiscard]] CudaPageSummaries layer_summaries(std::int32_t layer) const noexcept;
   [[nodiscard]] CudaSelectInput select_input(std::int32_t rows, std::int32_t layer) const noexcept;
@@ -93,6 +93,7 @@ class CudaSequence final : public Sequence, public Batch {
   [[nodiscard]] Result<Chunk> begin_chunk(std::span<const std::span<const std::int32_t>> tokens, bool dense);
   [[nodiscard]] Result<Part> check_part(std::size_t request, std::span<const std::int32_t> tokens, bool dense) const;
   [[nodiscard]] Status run_layer(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
+  [[nodiscard]] Status append(const Chunk& chunk, std::int32_t layer);
   [[nodiscard]] Status attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Result<Lists> choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool);
   [[nodiscard]] Status keep_all_pages_of_dense_parts(const Chunk& chunk);
@@ -123,9 +124,11 @@ class CudaSequence final : public Sequence, public Batch {
 
   // The cache: logical page j of request b is physical page b * options_.num_pages + j.
   DeviceBuffer kv_;           // bf16 [layers, 2, num_pages, Hkv, P, D]
-  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next two empty unless the selector reads it
+  DeviceBuffer mean_k_;       // bf16 [layers, num_pages, Hkv, D]; like the next four empty unless the selector reads it
   DeviceBuffer sub_mean_k_;   // bf16 [layers, num_pages, Hkv, P/w, D]
   DeviceBuffer norm_k_;       // [layers, num_pages, Hkv, P]
+  DeviceBuffer gate_pool_;    // [layers, num_pages, Hkv, P/64, 3, D]
+  DeviceBuffer gate_sum_;     // [layers, num_pages, Hkv, P/64, D]
   DeviceBuffer mean_tokens_;  // [num_pages]
   DeviceBuffer page_table_;   // [B, options_.num_pages]
 
@@ -136,6 +139,7 @@ class CudaSequence final : public Sequence, public Batch {
   DeviceBuffer normed_;    // bf16 [C, hidden]
   DeviceBuffer qkv_;       // bf16 [C, Hq + 2 Hkv, D]
   DeviceBuffer attended_;  // bf16 [C, Hq, D]
+  DeviceBuffer q_pre_;     // bf16 [C, Hq, D]  before RoPE, of seer alone
   DeviceBuffer gate_up_;   // bf16 [C, 2 intermediate]
   DeviceBuffer mlp_;       // bf16 [C, intermediate]
   CudaExperts experts_;    // of layers that have them
@@ -143,6 +147,7 @@ class CudaSequence final : public Sequence, public Batch {
 
   // The step.
   DeviceBuffer errors_;      // CudaStepError, CudaAttentionError
+  DeviceBuffer gates_;       // of seer: keys, queries of all layers, then frequencies
   DeviceBuffer thresholds_;  // [layers, mask heads] or empty
   DeviceBuffer mask_;        // [mask heads, blocks, words]
   DeviceBuffer all_pages_;   // [Hkv, blocks, words], all bits set: dense

@@ -29,8 +29,12 @@ Status check_backend_options(Backend backend, DType kv_dtype) {
 }
 
 bool selects_on_gpu(const SparsityOptions& options) {
-  const Result<CudaMaskShape> shape = cuda_mask_shape(options.selector, 2, 1, 128);  // of any model with groups
-  return shape.ok() && (shape->mask_heads == 1 || options.unite.heads_per_unit != kCheapestHeads);
+  // Any model with groups will do; gates know theirs.
+  const GateWeights* const gates = options.selector.name == "seer" ? options.selector.seer.gates.get() : nullptr;
+  const std::int32_t q_heads = gates == nullptr ? 2 : gates->num_q_heads;
+  const std::int32_t kv_heads = gates == nullptr ? 1 : gates->num_kv_heads;
+  const Result<CudaMaskShape> shape = cuda_mask_shape(options.selector, q_heads, kv_heads, 128);
+  return shape.ok() && (shape->mask_heads == kv_heads || options.unite.heads_per_unit != kCheapestHeads);
 }
 
 }  // namespace compact::engine

@@ -26,8 +26,8 @@ struct CudaMaskShape {
   std::int32_t block_tokens = 0;
 };
 
-/// Errors: those of make_selector; kUnsupported for what has no twin, by name: seer, sub-mean with coherence or probe
-/// rows, mean-key with other rules than packed tiles, visible kFull, row norm and vote max, or with a budget.
+/// Errors: those of make_selector; kUnsupported for what has no twin, by name: sub-mean with coherence or probe rows,
+/// mean-key with tile norm, alpha or visibility kFirst.
 [[nodiscard]] Result<CudaMaskShape> cuda_mask_shape(const SelectorOptions& options, std::int32_t num_q_heads,
                                                     std::int32_t num_kv_heads, std::int32_t page_tokens);
 
@@ -36,6 +36,15 @@ struct CudaPageSummaries {
   void* mean_k = nullptr;      // [num_pages, Hkv, D] of kv.dtype: append_cuda or page_means_cuda writes them
   void* sub_mean_k = nullptr;  // [num_pages, Hkv, P/w, D] of kv.dtype; w = granule_tokens(P)
   float* norm_k = nullptr;     // [num_pages, Hkv, P]
+  float* gate_pool = nullptr;  // [num_pages, Hkv, P/64, 3, D]  maximum, minimum, mean: gate_pools_cuda
+  float* gate_sum = nullptr;   // [num_pages, Hkv, P/64, D]  running sums, for gate_pools_cuda alone
+};
+
+/// Weights of SeerAttention's gates for one layer (GateWeights), device pointers.
+struct CudaGates {
+  const float* key = nullptr;                  // [key_heads, 3 D, D]
+  const float* query = nullptr;                // [mask_heads, D or G D, D], or null as GateWeights::query
+  const float* inverse_frequencies = nullptr;  // [D/2]
 };
 
 /// The granules that the chunks complete, and the norms of their keys, from the keys as stored and in the order of
@@ -45,6 +54,12 @@ struct CudaPageSummaries {
 /// are skipped.
 [[nodiscard]] Status page_summaries_cuda(const CudaStepInput& input, const PagedKvView& kv,
                                          const CudaPageSummaries& summaries, void* stream);
+
+/// Pools of the chunks' tokens for `seer`: the bits of the cache's records. kv: one layer, whose pages hold the chunks'
+/// keys *before* RoPE at their places (append_cuda without a rope_table); earlier tokens are not read, so that an
+/// append with RoPE may follow. Writes gate_pool and gate_sum. P is a multiple of 64. Errors: as page_summaries_cuda.
+[[nodiscard]] Status gate_pools_cuda(const CudaStepInput& input, const PagedKvView& kv,
+                                     const CudaPageSummaries& summaries, void* stream);
 
 /// One layer's selection. All pointers but `options` are device pointers.
 struct CudaSelectInput {
@@ -57,6 +72,10 @@ struct CudaSelectInput {
   float softmax_scale = 0;     // s, above 0
   PagedKvView kv;              // of the layer, the chunk's keys included; for selectors that read keys
   CudaPageSummaries summaries;
+  const void* q_pre = nullptr;  // [T, Hq, D]  before RoPE, of `seer`, whose scores read this and not q
+  std::int64_t q_pre_token_stride = 0;
+  std::int64_t q_pre_head_stride = 0;
+  CudaGates gates;         // of `seer`; shapes are those of options->seer.gates
   std::int32_t layer = 0;  // of `random`
   /// [mask_heads] or null: thresholds per head (HeadThresholds) of this layer. Not null where options->thresholds has
   /// any, whose values are not read.

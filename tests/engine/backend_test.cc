@@ -40,7 +40,11 @@ TEST(Backend, TheGpuSelectsWhatHasATwin) {
   for (const char* name : {"dense", "static", "mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     EXPECT_TRUE(with(name, nothing)) << name;
   }
-  EXPECT_FALSE(with("seer", nothing));
+  EXPECT_FALSE(with("seer", nothing));  // without gates
+  EXPECT_TRUE(with("seer", [](SelectorOptions& s) {
+    const GateWeights gates{1, 4, 2, 2, 2, 2, std::vector<float>(24), std::vector<float>(16), {1.0F}};
+    s.seer.gates = std::make_shared<const GateWeights>(gates);
+  }));
   EXPECT_FALSE(with("no-such", nothing));
   for (const char* name : {"oracle", "sub-mean", "xattention", "quoka", "random"}) {
     EXPECT_TRUE(with(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kDensity, 0.1F, 1, 9}; })) << name;
@@ -53,13 +57,14 @@ TEST(Backend, TheGpuSelectsWhatHasATwin) {
   EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.lift = 2; }));
   EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.thresholds = {1, 1, {0.5F}}; }));
   EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.alpha = 0.1F; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.tile = TileShape::kPerHead; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.tile = TileShape::kPerHead; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; }));
+  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kFirst; }));
   EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.norm = ScoreNorm::kTile; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.kind = BudgetKind::kDensity; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.min_pages = 1; }));
-  EXPECT_FALSE(with("mean-key", [](SelectorOptions& s) { s.budget.max_pages = 1; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.kind = BudgetKind::kDensity; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.min_pages = 1; }));
+  EXPECT_TRUE(with("mean-key", [](SelectorOptions& s) { s.budget.max_pages = 1; }));
   EXPECT_FALSE(with("sub-mean", [](SelectorOptions& s) { s.sub_mean.min_coherence = 0.1F; }));
   EXPECT_FALSE(with("sub-mean", [](SelectorOptions& s) { s.sub_mean.probe_stride = 32; }));
 }

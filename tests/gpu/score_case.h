@@ -270,7 +270,7 @@ class DeviceScores {
   }
   bool guards_intact() const {
     for (const DeviceBuffer* buffer : {&tables_, &q_, &k_, &sub_means_, &norms_, &gate_pool_, &scores_, &elsewhere_,
-                                       &scored_pages_, &nonfinite_, &header_, &chunks_, &blocks_}) {
+                                       &scored_pages_, &nonfinite_, &header_, &chunks_, &blocks_, &pairs_}) {
       if (!buffer->guards_intact()) return false;
     }
     return args.scratch == nullptr || scratch_.guards_intact();
@@ -308,7 +308,18 @@ class DeviceScores {
     }
     std::vector<QueryBlock> padded = blocks;
     padded.resize(blocks.size() + kSpareBlocks);
-    header_ = DeviceBuffer(std::vector<StepHeader>{{static_cast<std::int32_t>(blocks.size()), 0, 0}});
+    std::vector<BlockPair> pairs;
+    for (std::size_t b = 0; b < blocks.size(); b += static_cast<std::size_t>(pairs.back().num_blocks)) {
+      const bool has_two = b + 1 < blocks.size() && blocks[b + 1].chunk == blocks[b].chunk;
+      pairs.push_back({.first_block = static_cast<std::int32_t>(b),
+                       .num_blocks = has_two ? 2 : 1,
+                       .blocks = {blocks[b], blocks[has_two ? b + 1 : b]},
+                       .chunk = chunks[static_cast<std::size_t>(blocks[b].chunk)]});
+    }
+    header_ = DeviceBuffer(std::vector<StepHeader>{
+        {static_cast<std::int32_t>(blocks.size()), static_cast<std::int32_t>(pairs.size()), 0}});
+    pairs_ = DeviceBuffer(pairs);
+    args.tables.pairs = pairs_.as<BlockPair>();
     chunks_ = DeviceBuffer(chunks);
     blocks_ = DeviceBuffer(padded);
     args.tables.header = header_.as<StepHeader>();
@@ -317,7 +328,7 @@ class DeviceScores {
   }
 
   DeviceBuffer tables_, q_, k_, sub_means_, norms_, gate_pool_, scores_, elsewhere_, scored_pages_, nonfinite_,
-      scratch_, header_, chunks_, blocks_;
+      scratch_, header_, chunks_, blocks_, pairs_;
 };
 
 }  // namespace compact::testing

@@ -3,10 +3,14 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <set>
 
+#include "compact/compact.h"
 #include "compact/paged_kv.h"
 #include "compact/run_step_cuda.h"
 #include "compact/select_cuda.h"
@@ -62,6 +66,10 @@ TEST(BudgetsGpu, MasksEqualTheCpusBitForBit) {
     ChooseCase c(random);
     ASSERT_EQ(budget_difference(c), "") << "seed " << seed << ": " << c.text();
   }
+}
+
+// A thousand pages, rows of 32 heads: every thread of a cluster has some.
+TEST(BudgetsGpu, LargeStepsEqualTheCpus) {
   std::set<BudgetKind> kinds;
   for (std::uint64_t seed = 500; seed < 516; ++seed) {
     StepRandom random(seed);
@@ -95,7 +103,9 @@ TEST(SummariesGpu, RecordsAreTheCaches) {
         options.num_pages = kContext / p + 6;
         options.dtype = DType::kBF16;
         options.layout = layout;
-        options.summaries = {.mean_k = false, .sub_mean_k = true, .norm_k = true};
+        // Keys before RoPE are the keys themselves here; blocks of 64 tokens need pages that hold them.
+        const bool pools = p % kGateBlockTokens == 0;
+        options.summaries = {.mean_k = false, .sub_mean_k = true, .norm_k = true, .gate_pool = pools};
         Result<PagedKvCache> made = PagedKvCache::create(options);
         ASSERT_TRUE(made.ok()) << made.status().message();
         PagedKvCache cache = std::move(*made);
@@ -104,14 +114,16 @@ TEST(SummariesGpu, RecordsAreTheCaches) {
         Random random(static_cast<std::uint64_t>(p + dim));
         const std::int64_t elements = std::int64_t{options.num_pages} * kHeads * p * dim;
         const std::int32_t granules = p / granule_tokens(p);
-        DeviceBuffer k(elements * 2), sub_means(elements / granule_tokens(p) * 2), norms(elements / dim * 4);
+        DeviceBuffer k(elements * 2), sub_means(elements / granule_tokens(p) * 2), norms(elements / dim * 4),
+            gate_pool(pools ? elements / kGateBlockTokens * 12 : 4),
+            gate_sum(pools ? elements / kGateBlockTokens * 4 : 4);
         std::int32_t start = 0;
         for (const std::int32_t tokens : {5, 130, 1, 27, 300, 64, 100}) {
           std::vector<float> rows(static_cast<std::size_t>(tokens * kHeads * dim));
-          for (float& x : rows) x = random.normal();
+          for (float& x : rows) x = testing::from_bits(DType::kBF16, to_bits(DType::kBF16, random.normal()));
           expect_ok(cache.extend(request, tokens));
           const auto keys = contiguous_rows<const float>(rows.data(), tokens, kHeads, dim);
-          expect_ok(cache.write(request, 0, start, keys, keys, pool));
+          expect_ok(cache.write(request, 0, start, keys, keys, pool, keys));
           const std::span<const std::int32_t> table = *cache.page_table(request);
           PagedKvView kv = cache.layer(0);
           k.upload(bits_of(kv.k, elements));
@@ -128,15 +140,21 @@ TEST(SummariesGpu, RecordsAreTheCaches) {
           input.num_q_heads = input.num_kv_heads = kHeads;
           input.page_tokens = p;
           input.num_pages = options.num_pages;
-          const CudaPageSummaries summaries{.sub_mean_k = sub_means.data(), .norm_k = norms.as<float>()};
+          const CudaPageSummaries summaries{.sub_mean_k = sub_means.data(),
+                                            .norm_k = norms.as<float>(),
+                                            .gate_pool = gate_pool.as<float>(),
+                                            .gate_sum = gate_sum.as<float>()};
           expect_ok(page_summaries_cuda(input, kv, summaries, nullptr));
+          if (pools) expect_ok(gate_pools_cuda(input, kv, summaries, nullptr));
           check_cuda(cudaDeviceSynchronize(), "summaries");
           start += tokens;
         }
-        ASSERT_TRUE(sub_means.guards_intact() && norms.guards_intact());
+        ASSERT_TRUE(sub_means.guards_intact() && norms.guards_intact() && gate_pool.guards_intact() &&
+                    gate_sum.guards_intact());
         const auto got_means =
             sub_means.download<std::uint16_t>(static_cast<std::size_t>(elements / granule_tokens(p)));
         const auto got_norms = norms.download<float>(static_cast<std::size_t>(elements / dim));
+        const auto got_pools = gate_pool.download<float>(static_cast<std::size_t>(gate_pool.bytes() / 4));
         const PageSummaryView want = cache.summaries(0);
         const std::span<const std::int32_t> table = *cache.page_table(request);
         for (std::int32_t head = 0; head < kHeads; ++head) {
@@ -145,6 +163,14 @@ TEST(SummariesGpu, RecordsAreTheCaches) {
             ASSERT_EQ(std::bit_cast<std::uint32_t>(got_norms[static_cast<std::size_t>(at)]),
                       std::bit_cast<std::uint32_t>(want.norm_k[at]))
                 << "token " << x << " head " << head;
+          }
+          for (std::int32_t j = 0; pools && j * kGateBlockTokens < start; ++j) {  // the open block too
+            const std::int32_t blocks = p / kGateBlockTokens, page = table[static_cast<std::size_t>(j / blocks)];
+            const float* gate = want.gate_block(page, head, j % blocks);
+            for (std::int32_t i = 0; i < 3 * dim; ++i) {
+              ASSERT_EQ(got_pools[static_cast<std::size_t>(gate + i - want.gate_pool)], gate[i])
+                  << "block " << j << " head " << head << " value " << i;
+            }
           }
           for (std::int32_t u = 0; (u + 1) * granule_tokens(p) <= start; ++u) {
             const std::int32_t page = table[static_cast<std::size_t>(u / granules)];
@@ -206,6 +232,19 @@ class TwinStep {
     select.kv.dtype = c.spec.dtype;
     select.summaries = {.mean_k = means_.data(), .sub_mean_k = sub_means_.data(), .norm_k = norms_.as<float>()};
     select.layer = 1;
+    if (const GateWeights* gates = options_.seer.gates.get(); gates != nullptr) {
+      gate_pool_ = DeviceBuffer(c.gate_pool);
+      const std::ptrdiff_t keys = std::ssize(gates->key) / 2, queries = std::ssize(gates->query) / 2;  // two layers
+      gate_key_ = DeviceBuffer(std::vector<float>(gates->key.begin() + keys, gates->key.end()));
+      gate_query_ = DeviceBuffer(std::vector<float>(gates->query.begin() + queries, gates->query.end()));
+      frequencies_ = DeviceBuffer(gates->inverse_frequencies);
+      select.summaries.gate_pool = gate_pool_.as<float>();
+      select.gates = {gate_key_.as<float>(), queries == 0 ? nullptr : gate_query_.as<float>(),
+                      frequencies_.as<float>()};
+      select.q_pre = q_.data();
+      select.q_pre_token_stride = select.q_token_stride;
+      select.q_pre_head_stride = select.q_head_stride;
+    }
     if (!options_.thresholds.empty()) {
       const auto& values = options_.thresholds.values;  // two layers
       thresholds_ = DeviceBuffer(std::vector<float>(values.begin() + options_.thresholds.num_heads, values.end()));
@@ -268,7 +307,9 @@ class TwinStep {
                      .head_dim = case_.spec.head_dim,
                      .page_tokens = input.page_tokens,
                      .sub_mean_k = host_sub_means_.data(),
-                     .norm_k = case_.norms.data()};
+                     .norm_k = case_.norms.data(),
+                     .gate_pool = case_.gate_pool.data()};
+    cpu.q_pre = cpu.q;
     ThreadPool pool;
     return (*selector)->select(cpu, mask, pool);
   }
@@ -311,12 +352,35 @@ class TwinStep {
   SelectorOptions options_;
   std::vector<float> host_means_, host_sub_means_;
   std::vector<std::int32_t> counts_;
-  DeviceBuffer chunks_, tables_, q_, k_, sub_means_, norms_, error_, nonfinite_, means_, thresholds_, plan_, workspace_,
-      mask_, units_, num_units_, page_ids_, stats_;
+  DeviceBuffer chunks_, tables_, q_, k_, sub_means_, norms_, error_, nonfinite_, means_, thresholds_, gate_pool_,
+      gate_key_, gate_query_, frequencies_, plan_, workspace_, mask_, units_, num_units_, page_ids_, stats_;
 };
 
+// Gates of two layers: maps for query heads from pooled queries alone, or for KV heads from all of theirs.
+std::shared_ptr<const GateWeights> made_gates(const ScoreSpec& spec, bool per_query_head) {
+  GateWeights gates;
+  gates.num_layers = 2;
+  gates.num_q_heads = spec.num_kv_heads * spec.group;
+  gates.num_kv_heads = spec.num_kv_heads;
+  gates.head_dim = spec.head_dim;
+  gates.mask_heads = gates.key_heads = per_query_head ? gates.num_q_heads : gates.num_kv_heads;
+  const std::int64_t square = std::int64_t{spec.head_dim} * spec.head_dim;
+  Random random(spec.seed + 5);
+  gates.key.resize(static_cast<std::size_t>(2 * gates.key_heads * 3 * square));
+  if (!per_query_head) gates.query.resize(static_cast<std::size_t>(2 * gates.num_q_heads * square));
+  for (std::vector<float>* weights : {&gates.key, &gates.query}) {
+    for (float& x : *weights) x = 2 * random.normal() / std::sqrt(static_cast<float>(spec.head_dim));
+  }
+  for (std::int32_t i = 0; i < spec.head_dim / 2; ++i) {
+    gates.inverse_frequencies.push_back(
+        std::pow(1e4F, -2.0F * static_cast<float>(i) / static_cast<float>(spec.head_dim)));
+  }
+  return std::make_shared<const GateWeights>(std::move(gates));
+}
+
 // Every selector with its own rule, and under budgets and thresholds per head.
-std::vector<SelectorOptions> twins(std::int32_t q_heads, std::int32_t kv_heads) {
+std::vector<SelectorOptions> twins(const ScoreSpec& spec) {
+  const std::int32_t kv_heads = spec.num_kv_heads, q_heads = kv_heads * spec.group;
   std::vector<SelectorOptions> all;
   const auto add = [&](const char* name, auto change) {
     SelectorOptions options;
@@ -335,12 +399,25 @@ std::vector<SelectorOptions> twins(std::int32_t q_heads, std::int32_t kv_heads) 
   for (const char* name : {"dense", "static", "mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     add(name, [](SelectorOptions&) {});
   }
-  for (const char* name : {"oracle", "sub-mean", "xattention", "quoka", "random"}) {
+  for (const char* name : {"mean-key", "oracle", "sub-mean", "xattention", "quoka", "random"}) {
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kDensity, 0.3F}; });
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kTopN, 0.2F, 2, 6}; });
     add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kThreshold, 0.05F, 1, 0}; });
     if (std::string_view(name) != "quoka") {
       add(name, [](SelectorOptions& s) { s.budget = {BudgetKind::kMass, 0.8F}; });
+    }
+  }
+  add("mean-key", [](SelectorOptions& s) { s.mean_key.vote = RowVote::kMean, s.mean_key.lift = 1.5F; });
+  add("mean-key", [](SelectorOptions& s) { s.mean_key.visible = PageVisibility::kLast; });
+  add("mean-key", [](SelectorOptions& s) {
+    s.mean_key.visible = PageVisibility::kLast;
+    s.mean_key.tile = TileShape::kPerHead;
+  });
+  for (const bool per_query_head : {true, false}) {
+    if (spec.page_tokens % kGateBlockTokens != 0) break;
+    const auto gates = made_gates(spec, per_query_head);
+    for (const Budget& budget : {Budget{}, Budget{BudgetKind::kDensity, 0.3F}, Budget{BudgetKind::kMass, 0.8F}}) {
+      add("seer", [&](SelectorOptions& s) { s.seer = {0.01F, gates}, s.budget = budget; });
     }
   }
   add("oracle", [&](SelectorOptions& s) { per_head(s, q_heads, 0.5F, 0.15F); });
@@ -373,7 +450,7 @@ void make_topical(ScoreCase& c) {
       for (std::int32_t h = 0; h < spec.num_kv_heads * spec.group; ++h) {
         float* q = c.query(chunk, t, h);
         const std::int32_t wanted = random.below(chunk.num_pages(spec.page_tokens));
-        const float pull = random.pick({0.0F, 0.2F, 0.5F});
+        const float pull = 0.25F * static_cast<float>(random.below(3));
         for (std::int32_t i = 0; i < spec.head_dim; ++i) {
           q[i] = q[i] / spec.amplitude + pull * topic(wanted, h / spec.group)[i];
         }
@@ -416,7 +493,7 @@ TEST(TwinsGpu, MasksAreTheCpus) {
     ScoreCase c(spec);
     make_topical(c);
     c.step.input.forced = {.sink_tokens = 100, .window_tokens = 200};
-    for (const SelectorOptions& options : twins(c.step.input.num_q_heads, c.step.input.num_kv_heads)) {
+    for (const SelectorOptions& options : twins(c.spec)) {
       const std::string name = fmt::format("{} budget {}{}", options.name, static_cast<int>(options.budget.kind),
                                            options.thresholds.empty() ? "" : " per head");
       SCOPED_TRACE(name + ", " + spec.text());
@@ -479,7 +556,7 @@ TEST(TwinsGpu, TheStepTakesEverySelector) {
   ScoreCase c(twin_specs()[0]);
   make_topical(c);
   c.step.input.forced = {.sink_tokens = 100, .window_tokens = 200};
-  for (const SelectorOptions& options : twins(c.step.input.num_q_heads, c.step.input.num_kv_heads)) {
+  for (const SelectorOptions& options : twins(c.spec)) {
     SCOPED_TRACE(fmt::format("{} budget {}", options.name, static_cast<int>(options.budget.kind)));
     TwinStep parts(c, options);
     expect_ok(parts.plan());
@@ -515,11 +592,102 @@ TEST(TwinsGpu, TheStepTakesEverySelector) {
   }
 }
 
+// The same through the C interface: the same bits.
+TEST(TwinsGpu, TheCInterfaceGivesTheSameBits) {
+  ScoreCase c(twin_specs()[0]);
+  make_topical(c);
+  c.step.input.forced = {.sink_tokens = 100, .window_tokens = 200};
+  const std::vector<SelectorOptions> all = twins(c.spec);
+  std::set<std::int32_t> seen;
+  for (const SelectorOptions& options : all) {
+    constexpr std::array kNames = {"mean-key", "static", "oracle", "sub-mean", "xattention", "quoka", "random"};
+    const auto* const name = std::find(kNames.begin(), kNames.end(), std::string_view(options.name));
+    const MeanKeyOptions own_rule;
+    if (name == kNames.end() || options.mean_key.vote != own_rule.vote || options.mean_key.tile != own_rule.tile ||
+        options.mean_key.visible != own_rule.visible) {
+      continue;  // not there in C
+    }
+    SCOPED_TRACE(fmt::format("{} budget {}", options.name, static_cast<int>(options.budget.kind)));
+    TwinStep twin(c, options);
+    const CudaStepInput& input = twin.input;
+    const std::int64_t row = std::int64_t{input.num_q_heads} * c.spec.head_dim;
+    const std::int64_t count = input.num_q_tokens * row;
+    const DeviceBuffer o(count * 2), o_c(count * 2), error(std::vector<std::int32_t>{0});
+    CudaStepLayer layer;
+    layer.select = twin.select;
+    layer.kv = twin.select.kv;
+    layer.output = {.o = o.data(), .o_token_stride = row, .o_head_stride = c.spec.head_dim};
+    const Result<std::int64_t> bytes = run_step_cuda_bytes(input, layer);
+    ASSERT_TRUE(bytes.ok()) << bytes.status().message();
+    const DeviceBuffer workspace(*bytes);
+    expect_ok(plan_step_cuda(input, error.as<std::int32_t>(), workspace.data(), *bytes, nullptr));
+    expect_ok(run_step_cuda(input, layer, workspace.data(), *bytes, nullptr));
+
+    ca_step step{};
+    step.struct_size = sizeof(step);
+    step.dtype = static_cast<std::int32_t>(c.spec.dtype);
+    step.chunks = reinterpret_cast<const ca_step_chunk*>(input.chunks);
+    step.page_tables = input.page_tables;
+    step.page_table_stride = input.page_table_stride;
+    step.num_table_rows = input.num_table_rows;
+    step.num_chunks = input.num_chunks;
+    step.num_q_tokens = input.num_q_tokens;
+    step.max_context_tokens = input.max_context_tokens;
+    step.num_q_heads = input.num_q_heads;
+    step.num_kv_heads = input.num_kv_heads;
+    step.head_dim = c.spec.head_dim;
+    step.page_tokens = input.page_tokens;
+    step.num_pages = input.num_pages;
+    step.sink_tokens = input.forced.sink_tokens;
+    step.window_tokens = input.forced.window_tokens;
+    step.q = twin.select.q;
+    step.q_token_stride = twin.select.q_token_stride;
+    step.q_head_stride = twin.select.q_head_stride;
+    step.o = o_c.data();
+    step.o_token_stride = row;
+    step.o_head_stride = c.spec.head_dim;
+    step.k = layer.kv.k;
+    step.v = layer.kv.v;
+    step.kv_page_stride = layer.kv.page_stride;
+    step.kv_head_stride = layer.kv.head_stride;
+    step.kv_token_stride = layer.kv.token_stride;
+    step.mean_k = twin.select.summaries.mean_k;
+    step.softmax_scale = twin.select.softmax_scale;
+    const bool sub_mean = options.name == "sub-mean";
+    step.share = sub_mean ? options.sub_mean.share : options.mean_key.share;
+    step.lift = sub_mean ? options.sub_mean.lift : options.mean_key.lift;
+    step.selector = static_cast<std::int32_t>(name - kNames.begin());
+    step.budget = static_cast<std::int32_t>(options.budget.kind);
+    step.budget_value = options.budget.value;
+    step.min_pages = options.budget.min_pages;
+    step.max_pages = options.budget.max_pages;
+    step.layer = twin.select.layer;
+    step.seed = options.random.seed;
+    step.head_thresholds = twin.select.head_thresholds;
+    step.sub_mean_k = twin.select.summaries.sub_mean_k;
+    step.norm_k = twin.select.summaries.norm_k;
+    step.peak_weight = options.sub_mean.peak_weight;
+    step.kept_tokens = options.quoka.kept_tokens;
+    step.random_share = options.random.share;
+    std::int64_t c_bytes = 0;
+    ASSERT_EQ(ca_step_cuda_workspace(&step, &c_bytes, nullptr), CA_OK) << ca_last_error();
+    EXPECT_EQ(c_bytes, *bytes);
+    ASSERT_EQ(ca_step_plan_cuda(&step, error.as<std::int32_t>(), workspace.data(), c_bytes, nullptr), CA_OK);
+    ASSERT_EQ(ca_step_run_cuda(&step, workspace.data(), c_bytes, nullptr), CA_OK) << ca_last_error();
+    check_cuda(cudaDeviceSynchronize(), "step");
+    EXPECT_EQ(o.download<std::uint16_t>(static_cast<std::size_t>(count)),
+              o_c.download<std::uint16_t>(static_cast<std::size_t>(count)));
+    seen.insert(step.selector);
+  }
+  EXPECT_EQ(seen.size(), 7U);
+}
+
 TEST(TwinsGpu, RefusalsNameTheField) {
   ScoreCase c(twin_specs()[3]);
   const auto expect = [&](StatusCode code, const char* message, const char* name, auto&& spoil) {
     SelectorOptions options;
     options.name = name;
+    if (options.name == "seer") options.seer.gates = made_gates(c.spec, true);
     TwinStep step(c, options);
     expect_ok(step.plan());
     spoil(step, options);
@@ -529,11 +697,12 @@ TEST(TwinsGpu, RefusalsNameTheField) {
     EXPECT_NE(status.message().find(message), std::string::npos) << message << " not in: " << status.message();
   };
   constexpr StatusCode kWrong = StatusCode::kInvalidArgument, kMissing = StatusCode::kUnsupported;
-  expect(kMissing, "seer", "oracle", [](TwinStep&, SelectorOptions& s) { s.name = "seer"; });
+  expect(kWrong, "no gates", "oracle", [](TwinStep&, SelectorOptions& s) { s.name = "seer"; });
+  expect(kWrong, "q_pre is null", "seer", [](TwinStep& t, SelectorOptions&) { t.select.q_pre = nullptr; });
+  expect(kWrong, "gates.key is null", "seer", [](TwinStep& t, SelectorOptions&) { t.select.gates.key = nullptr; });
   expect(kMissing, "probe rows", "sub-mean", [](TwinStep&, SelectorOptions& s) { s.sub_mean.probe_stride = 8; });
-  expect(kMissing, "mean-key: a budget", "mean-key", [](TwinStep&, SelectorOptions& s) {
-    s.budget = {BudgetKind::kTopN, 0.1F};
-  });
+  expect(kMissing, "mean-key: alpha is 0.1", "mean-key",
+         [](TwinStep&, SelectorOptions& s) { s.mean_key.alpha = 0.1F; });
   expect(kWrong, "unknown selector", "oracle", [](TwinStep&, SelectorOptions& s) { s.name = "no-such"; });
   expect(kWrong, "stride 128", "xattention", [](TwinStep&, SelectorOptions& s) { s.xattention.stride = 128; });
   expect(kWrong, "the step's mask has 8 heads and blocks of 64 tokens; 1 and 16", "oracle",
@@ -557,7 +726,7 @@ TEST(TwinsGpuTime, AtATargetShape) {
   spec.num_kv_heads = 8;
   spec.lengths = {{65536 - 1024, 1024}};
   ScoreCase c(spec);
-  for (const SelectorOptions& options : twins(c.step.input.num_q_heads, c.step.input.num_kv_heads)) {
+  for (const SelectorOptions& options : twins(c.spec)) {
     if (options.budget.kind == BudgetKind::kThreshold || !options.thresholds.empty()) continue;
     TwinStep step(c, options);
     expect_ok(step.plan());

@@ -22,7 +22,7 @@ using testing::ThreadOfGroup;
 // Every group that the device would launch, one after the other.
 template <class Team>
 void choose_all(const ChooseCase& c, const ChooseArgs& args, Team& team) {
-  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule.kind, args.rule.value)) {
+  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule, args.rule.value)) {
     for (std::int32_t b = 0; b < c.layout.shape.num_chunks; ++b) cut_chunk(team, args, b);
   }
   for (std::int32_t head = 0; head < args.rows.mask_heads; ++head) {

@@ -315,6 +315,7 @@ TEST(StepCuda, SizesNeedABuildWithCuda) {
   EXPECT_EQ(build_page_lists_cuda(c.input, nullptr, {}, nullptr, 0, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(page_means_cuda(c.input, {}, nullptr, nullptr, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(page_summaries_cuda(c.input, {}, {}, nullptr).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(gate_pools_cuda(c.input, {}, {}, nullptr).code(), StatusCode::kUnsupported);
   EXPECT_EQ(select_cuda_bytes(c.input, {}).status().code(), StatusCode::kUnsupported);
   EXPECT_EQ(select_cuda(c.input, {}, nullptr, nullptr, nullptr, 0, nullptr, 0, nullptr).code(),
             StatusCode::kUnsupported);

@@ -13,6 +13,7 @@ namespace {
 constexpr std::int32_t kRowThreads = 256;
 constexpr std::int32_t kChunkThreads = 512;
 constexpr std::int32_t kClusterCtas = 8;  // what every device with clusters has
+static_assert(3 * kClusterCtas <= 32, "a lane for each sum of each CTA");
 
 // Sums of a CTA's warps. Two places in turn: a barrier orders a sum after the one before the last.
 template <std::int32_t kWarps>
@@ -86,7 +87,8 @@ class ChunkTeam {
   static constexpr std::int32_t kWarps = kChunkThreads / 32;
   struct Shared {
     WarpSums<kWarps> warps;
-    std::uint64_t ctas[2][3];
+    std::uint64_t ctas[2][3];    // this CTA's
+    std::uint64_t totals[2][3];  // the cluster's
   };
 
   __device__ explicit ChunkTeam(Shared& shared) : shared_(shared) {}
@@ -94,6 +96,10 @@ class ChunkTeam {
     return static_cast<std::int32_t>(ptx::cluster_rank()) * kChunkThreads + static_cast<std::int32_t>(threadIdx.x);
   }
   __device__ static std::int32_t size() { return static_cast<std::int32_t>(ptx::cluster_size()) * kChunkThreads; }
+  __device__ static std::int32_t warp() { return index() / 32; }
+  __device__ static std::int32_t num_warps() { return size() / 32; }
+  __device__ static std::int32_t lane() { return index() % 32; }
+  __device__ static constexpr std::int32_t lanes() { return 32; }
 
   __device__ void sum(std::uint64_t (&x)[3]) {
     turn_ ^= 1;
@@ -110,12 +116,25 @@ class ChunkTeam {
       if (lane == 0) shared_.ctas[turn_][warp] = own;
     }
     ptx::cluster_sync();
+    // One warp asks the other CTAs: requests of all warps would queue at their memory.
+    if (warp == 0) {
+      const std::int32_t sum = lane % 3;
+      const auto ctas = static_cast<std::int32_t>(ptx::cluster_size());
+      std::uint64_t part = 0;
+      if (lane / 3 < ctas) {
+        part = ptx::load_cluster_shared(ptx::shared_address(&shared_.ctas[turn_][sum]),
+                                        static_cast<std::uint32_t>(lane / 3));
+      }
+      std::uint64_t total = 0;
 #pragma unroll
-    for (std::int32_t i = 0; i < 3; ++i) {
-      x[i] = 0;
-      const std::uint32_t address = ptx::shared_address(&shared_.ctas[turn_][i]);
-      for (std::uint32_t rank = 0; rank < ptx::cluster_size(); ++rank) x[i] += ptx::load_cluster_shared(address, rank);
+      for (std::int32_t rank = 0; rank < kClusterCtas; ++rank) {
+        total += __shfl_sync(0xffffffffu, part, rank * 3 + sum);
+      }
+      if (lane < 3) shared_.totals[turn_][lane] = total;
     }
+    __syncthreads();
+#pragma unroll
+    for (std::int32_t i = 0; i < 3; ++i) x[i] = shared_.totals[turn_][i];
   }
 
  private:
@@ -132,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads) choose_rows_kernel(ChooseArgs arg
   choose_row(team, args, row / args.rows.max_blocks, row % args.rows.max_blocks);
 }
 
-__global__ void __launch_bounds__(kChunkThreads) cut_chunks_kernel(ChooseArgs args) {
+__global__ void __launch_bounds__(kChunkThreads, 1) cut_chunks_kernel(ChooseArgs args) {
   __shared__ ChunkTeam::Shared shared;
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
@@ -164,7 +183,7 @@ cudaError_t launch_random_scores(const RandomScoreArgs& args, bool pdl, cudaStre
 }
 
 cudaError_t launch_choose_rows(const ChooseArgs& args, std::int32_t num_chunks, bool pdl, cudaStream_t stream) {
-  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule.kind, args.rule.value)) {
+  if (args.rule.kind == BudgetKind::kDensity && !keeps_all(args.rule, args.rule.value)) {
     const std::int32_t cluster = pdl ? kClusterCtas : 1;  // both from 9.0 on
     const cudaError_t error =
         launch_kernel(cut_chunks_kernel, num_chunks * cluster, kChunkThreads, 0, pdl, stream, args, cluster);

@@ -9,6 +9,7 @@
 //
 // `Team` supplies
 //   index(), size()          this thread and their number
+//   warp(), num_warps(), lane(), lanes()   the same as warps of lanes
 //   sum(std::uint64_t (&)[3])  in place, over the group; a barrier
 //   largest(std::uint32_t)     over the group; a barrier
 //   put_bits(words, num_words, keep)   word bits j = keep(j), of every thread's part
@@ -37,6 +38,11 @@ struct ChooseRule {
   std::int32_t min_pages = 0;
   std::int32_t max_pages = 0;
 };
+
+// Whether no score of a row is looked at: all its past pages are kept.
+[[nodiscard]] CA_HOST_DEVICE constexpr bool keeps_all(const ChooseRule& rule, float value) {
+  return !rule.everything && keeps_all(rule.kind, value);
+}
 
 // Pages with a larger key, and of those with this key the places up to last_place.
 struct PageCut {
@@ -153,24 +159,28 @@ CA_HOST_DEVICE void cut_chunk(Team& team, const ChooseArgs& args, std::int32_t b
   const std::uint64_t wanted = share_of(args.rule.value, sums[0]);
   const std::uint64_t target = wanted > sums[1] ? wanted - sums[1] : 0;
   const PageCut cut = find_cut(team, target, [&](auto item) {
-    std::int32_t r = 0, loaded = -1, page = team.index();
-    ChosenRow row;
-    ForcedRanges forced;
-    std::uint64_t weight = 0;
-    for (;; page += team.size()) {
-      while (page >= past_pages) page -= past_pages, ++r;
-      if (r >= num_rows) return;
-      if (loaded != r) {
-        loaded = r;
-        const QueryBlock block = block_of(r);
-        row = row_at(args, chunk, block, row_of(r));
-        forced = forced_of(args, row, past_pages);
-        weight = args.rows.nonfinite[row_of(r)] > 0
-                     ? 0
-                     : static_cast<std::uint64_t>(block.tokens) * static_cast<std::uint64_t>(args.heads_per_row);
+    for (std::int32_t r = team.warp(); r < num_rows; r += team.num_warps()) {  // a warp reads of one row together
+      if (args.rows.nonfinite[row_of(r)] > 0) continue;
+      const QueryBlock block = block_of(r);
+      const ChosenRow row = row_at(args, chunk, block, row_of(r));
+      const ForcedRanges forced = forced_of(args, row, past_pages);
+      const std::uint64_t weight =
+          static_cast<std::uint64_t>(block.tokens) * static_cast<std::uint64_t>(args.heads_per_row);
+      constexpr std::int32_t kAhead = 4;  // reads on their way at once
+      CA_DEVICE_NO_UNROLL
+      for (std::int32_t first = team.lane(); first < past_pages; first += kAhead * team.lanes()) {
+        std::uint32_t keys[kAhead];
+        CA_DEVICE_UNROLL
+        for (std::int32_t i = 0; i < kAhead; ++i) {
+          const std::int32_t page = first + i * team.lanes();
+          keys[i] = page < past_pages && !is_forced(forced, page) ? row.key(page) : 0;
+        }
+        CA_DEVICE_UNROLL
+        for (std::int32_t i = 0; i < kAhead; ++i) {
+          const std::int32_t page = first + i * team.lanes();
+          if (keys[i] != 0) item(keys[i], static_cast<std::uint32_t>(r * past_pages + page), weight);
+        }
       }
-      if (weight == 0 || is_forced(forced, page)) continue;
-      item(row.key(page), static_cast<std::uint32_t>(r * past_pages + page), weight);
     }
   });
   if (team.index() == 0) args.chunk_cuts[b] = cut;
@@ -222,7 +232,7 @@ CA_HOST_DEVICE void choose_row(Team& team, const ChooseArgs& args, std::int32_t 
   };
   const ChooseRule& rule = args.rule;
   const float value = rule.head_values == nullptr ? rule.value : rule.head_values[mask_head];
-  const bool all = past_pages == 0 || (!rule.everything && keeps_all(rule.kind, value));
+  const bool all = past_pages == 0 || keeps_all(rule, value);
   const std::int32_t nonfinite = all ? 0 : args.rows.nonfinite[row_idx];
   if (all || nonfinite > 0) {
     put([](std::int32_t) { return true; });

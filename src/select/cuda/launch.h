@@ -32,8 +32,11 @@ struct PageSummariesArgs {
   std::int32_t max_pages = 0;           // of a chunk's context
   std::uint16_t* sub_mean_k = nullptr;  // [num_pages, Hkv, P/w, D] or null
   float* norm_k = nullptr;              // [num_pages, Hkv, P] or null
+  float* gate_pool = nullptr;           // [num_pages, Hkv, P/64, 3, D]
+  float* gate_sum = nullptr;            // [num_pages, Hkv, P/64, D]
 };
-cudaError_t launch_page_summaries(const PageSummariesArgs& args, bool pdl, cudaStream_t stream);
+cudaError_t launch_page_summaries(const PageSummariesArgs& args, bool pdl, cudaStream_t stream);  // means and norms
+cudaError_t launch_gate_pools(const PageSummariesArgs& args, bool pdl, cudaStream_t stream);
 
 struct MeanKeyArgs {
   StepTables tables;

@@ -1,6 +1,7 @@
-// Scores of `sub-mean` and `oracle`: what a page's columns get of each row's softmax over all columns that it sees,
-// joined over the rows of a tile. One kernel: columns are means of granules or keys, a tile is packed (tokens x the G
-// heads of a KV head) or one query head's. For every device from sm_80 on: cp.async and mma.sync.
+// Scores of `sub-mean`, `mean-key` and `oracle`: what a page's columns get of each row's softmax over all columns that
+// it sees, joined over the rows of a tile. One kernel: columns are means of granules or pages, or keys, a tile is
+// packed (tokens x the G heads of a KV head) or one query head's. For every device from sm_80 on: cp.async and
+// mma.sync.
 //
 //   warps   4 of 32 rows (head dimension 256: 8 of 16): a fragment of columns read from shared memory serves 2 MMAs
 //   Q       fragments in registers, loaded once through stages 1 and 2 of the ring
@@ -21,6 +22,7 @@
 #include "src/ptx/shared_address.cuh"
 #include "src/select/cuda/score_columns.cuh"
 #include "src/select/cuda/scores.h"
+#include "src/select/cuda/sub_mean_sm90.h"
 
 namespace compact {
 namespace {
@@ -37,11 +39,13 @@ struct MassArgs {
   std::int64_t q_head_stride;
   ScoreColumns columns;
   std::int32_t column_tokens_log2;  // a row at position p sees the columns [0, (p + 1) >> this)
+  bool one_view = false;            // p + 1 is the block's first position for all its rows
   std::int32_t page_tokens;
   std::int32_t group;       // G
   std::int32_t tile_heads;  // query heads of a tile: G or 1
   float scale_log2;         // factor of a product, times log2(e)
-  float peak_weight;        // above 0: pages of up to 16 columns only
+  float mean_weight = 1;    // of the mean over rows
+  float peak_weight;        // of the maximum; above 0: pages of up to 16 columns only
   ScoreRows rows;
 };
 
@@ -49,11 +53,13 @@ struct MassArgs {
 struct MassTile {
   const std::int32_t* table;  // [Kb]
   std::int64_t score_row;
-  std::int32_t q_begin, first_position;
+  std::int32_t q_begin;
+  std::int32_t first_view;  // row r sees the columns [0, (this + r / view_rows) >> column_tokens_log2)
+  std::int32_t view_rows;
   std::int32_t q_head, kv_head;
   std::int32_t rows;        // tokens x tile_heads
   std::int32_t past_pages;  // Np
-  std::int32_t end;         // columns that the last row sees
+  std::int32_t end;         // columns that some row sees
   std::int32_t common_end;  // columns that every row sees
 };
 
@@ -132,13 +138,14 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
     tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
     tile.score_row = std::int64_t{head} * args.rows.max_blocks + block_idx;
     tile.q_begin = block.q_begin;
-    tile.first_position = block.first_position;
+    tile.first_view = block.first_position + (args.one_view ? 0 : 1);
+    tile.view_rows = args.one_view ? kRows : args.tile_heads;
     tile.q_head = head * args.tile_heads;
     tile.kv_head = tile.q_head / args.group;
     tile.past_pages = chunk.chunk_start / args.page_tokens;
     tile.rows = chunk.is_short != 0 || tile.past_pages == 0 ? 0 : block.tokens * args.tile_heads;
-    tile.end = (block.first_position + block.tokens) >> args.column_tokens_log2;
-    tile.common_end = (block.first_position + 1) >> args.column_tokens_log2;
+    tile.end = (block.first_position + (args.one_view ? 0 : block.tokens)) >> args.column_tokens_log2;
+    tile.common_end = tile.first_view >> args.column_tokens_log2;
     num_bad_rows = 0;
   }
   __syncthreads();
@@ -189,7 +196,7 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
       sum += parts.sum[u % 2][w][i];
       peak = fmaxf(peak, parts.peak[u % 2][w][i]);
     }
-    const float score = fmaf(args.peak_weight, peak, sum / static_cast<float>(tile.rows));
+    const float score = fmaf(args.peak_weight, peak, args.mean_weight * (sum / static_cast<float>(tile.rows)));
     const std::int32_t page = (first_column >> page_log2) + i;
     if (page < tile.past_pages) {
       args.rows.scores[tile.score_row * args.rows.row_stride + page] = score;
@@ -224,9 +231,8 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
 #pragma unroll
           for (std::int32_t h = 0; h < 2; ++h) {
             const std::int32_t row = row_of(b, h);
-            const std::int32_t last_seen = tile.first_position + row / args.tile_heads;
-            const std::int32_t visible =
-                row < tile.rows ? ((last_seen + 1) >> args.column_tokens_log2) - first_column : 0;
+            const std::int32_t sees = (tile.first_view + row / tile.view_rows) >> args.column_tokens_log2;
+            const std::int32_t visible = row < tile.rows ? sees - first_column : 0;
 #pragma unroll
             for (std::int32_t k = 0; k < kLaneColumns; ++k) {
               if (k >= visible) s[b][fragment_index(k, h)] = -INFINITY;
@@ -372,7 +378,9 @@ std::int32_t log2_of(std::int32_t power) {
 }  // namespace
 
 std::int64_t oracle_scratch_bytes(const ScoreArgs&, const ScoreRows&) { return 0; }
-std::int64_t sub_mean_scratch_bytes(const ScoreArgs&, const ScoreRows&) { return 0; }
+std::int64_t sub_mean_scratch_bytes(const ScoreArgs& args, const ScoreRows&) {
+  return sub_mean_sm90_scratch_bytes(args);
+}
 
 cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, cudaStream_t stream) {
   MassArgs mass = make_args(args, rows, args.softmax_scale);
@@ -385,8 +393,28 @@ cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, c
   return launch_any(mass, args, stream);
 }
 
+cudaError_t launch_mean_key_scores(const ScoreArgs& args, const ScoreRows& rows, const MeanKeyOptions& options,
+                                   cudaStream_t stream) {
+  MassArgs mass = make_args(args, rows, args.softmax_scale);
+  mass.columns = {.data = args.summaries.mean_k,
+                  .page_stride = std::int64_t{args.num_kv_heads} * args.head_dim,
+                  .head_stride = args.head_dim,
+                  .column_stride = args.head_dim,
+                  .page_columns_log2 = 0};
+  mass.column_tokens_log2 = log2_of(args.page_tokens);
+  mass.one_view = options.visible == PageVisibility::kFull;
+  mass.tile_heads = options.tile == TileShape::kPacked ? args.group : 1;
+  const bool peak = options.vote == RowVote::kMax;
+  mass.mean_weight = peak ? 0.0f : 1.0f;
+  mass.peak_weight = peak ? 1.0f : 0.0f;
+  return launch_any(mass, args, stream);
+}
+
 cudaError_t launch_sub_mean_scores(const ScoreArgs& args, const ScoreRows& rows, const SubMeanOptions& options,
                                    cudaStream_t stream) {
+  if (const std::int64_t bytes = sub_mean_sm90_scratch_bytes(args); bytes > 0 && args.scratch_bytes >= bytes) {
+    return launch_sub_mean_sm90(args, rows, options, stream);
+  }
   MassArgs mass = make_args(args, rows, args.softmax_scale * options.temperature);
   const std::int32_t granule = granule_tokens(args.page_tokens);
   const std::int32_t page_granules = args.page_tokens / granule;

@@ -13,9 +13,9 @@ struct ScoreRows {
   float* scores = nullptr;      // [mask_heads, max_blocks, row_stride]  pages [0, Np); xattention: up to the diagonal,
                                 // page floor(p_last / P) included. What follows may hold anything
   float* elsewhere = nullptr;   // [mask_heads, max_blocks]  ScoreRow::elsewhere (budget.h): the chunk's pages together.
-                                // Written by oracle, sub-mean and seer
+                                // Written by oracle, mean-key, sub-mean and seer
   std::int32_t* scored_pages = nullptr;  // [mask_heads, max_blocks]  n of lift / n: pages that take part, those of the
-                                         // chunk included. Written by sub-mean
+                                         // chunk included. Written by mean-key and sub-mean
   std::int32_t* nonfinite = nullptr;     // [mask_heads, max_blocks]  query rows with a NaN or +inf score, or with -inf
                                          // only, counted as on the CPU. Above 0: all past pages, scores mean nothing
 };

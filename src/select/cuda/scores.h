@@ -69,6 +69,10 @@ std::int64_t seer_scratch_bytes(const ScoreArgs& args, const ScoreRows& rows, co
 
 // mask_heads Hq, blocks of min(128, P): mean over the block's queries of their exact mass in each page.
 cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, cudaStream_t stream);
+// mask_heads Hkv, packed blocks, or Hq, blocks of min(128, P), as options.tile says: E of mean_key.h under row norm.
+// Reads mean_k, of the chunk's complete pages too; share, lift and alpha are not its affair. No scratch.
+cudaError_t launch_mean_key_scores(const ScoreArgs& args, const ScoreRows& rows, const MeanKeyOptions& options,
+                                   cudaStream_t stream);
 // mask_heads Hkv, packed blocks: E of sub_mean.h. Reads sub_mean_k; share, lift and the rescue rules are not its
 // affair.
 cudaError_t launch_sub_mean_scores(const ScoreArgs& args, const ScoreRows& rows, const SubMeanOptions& options,

@@ -19,9 +19,11 @@ struct Entry {
   std::string_view name;
   Twin twin;
 };
-constexpr Entry kTwins[] = {{"dense", Twin::kDense},   {"static", Twin::kStatic},    {"mean-key", Twin::kMeanKey},
-                            {"oracle", Twin::kOracle}, {"sub-mean", Twin::kSubMean}, {"xattention", Twin::kXAttention},
-                            {"quoka", Twin::kQuoka},   {"random", Twin::kRandom},    {"external", Twin::kExternal}};
+constexpr Entry kTwins[] = {{"dense", Twin::kDense},      {"static", Twin::kStatic},
+                            {"mean-key", Twin::kMeanKey}, {"oracle", Twin::kOracle},
+                            {"sub-mean", Twin::kSubMean}, {"xattention", Twin::kXAttention},
+                            {"quoka", Twin::kQuoka},      {"seer", Twin::kSeer},
+                            {"random", Twin::kRandom},    {"external", Twin::kExternal}};
 
 }  // namespace
 
@@ -41,16 +43,18 @@ Status check_mean_key_twin(const Refusal& refuse, const MeanKeyOptions& rule) {
 Result<Twin> find_twin(const SelectorOptions& options) {
   const auto* const entry = std::find_if(std::begin(kTwins), std::end(kTwins),
                                          [&](const Entry& known) { return known.name == options.name; });
-  if (entry == std::end(kTwins)) {
-    if (options.name == "seer") return kRefuse.missing("seer: its gates are not on the device yet");
-    return make_selector(options).status();
-  }
+  if (entry == std::end(kTwins)) return make_selector(options).status();
   CA_RETURN_IF_ERROR(make_selector(options).status());
   if (entry->twin == Twin::kMeanKey) {
-    CA_RETURN_IF_ERROR(check_mean_key_twin(kRefuse, options.mean_key));
+    const MeanKeyOptions& rule = options.mean_key;
+    if (rule.alpha >= 0)
+      return kRefuse.missing("mean-key: alpha is {}; kernels know a share (alpha below 0)", rule.alpha);
+    if (rule.norm != ScoreNorm::kRow) return kRefuse.missing("mean-key: tile norm; kernels know row norm");
+    if (rule.visible == PageVisibility::kFirst)
+      return kRefuse.missing("mean-key: visibility kFirst; kernels know kLast (0) and kFull (2)");
     const Budget& budget = options.budget;
-    if (budget.kind != BudgetKind::kNative || budget.min_pages != 0 || budget.max_pages != 0)
-      return kRefuse.missing("mean-key: a budget; the kernels judge pages as they score them, by the selector's rule");
+    const bool own_rule = budget.kind == BudgetKind::kNative && budget.min_pages == 0 && budget.max_pages == 0;
+    return own_rule && check_mean_key_twin(kRefuse, rule).ok() ? Twin::kMeanKey : Twin::kMeanKeyScores;
   }
   if (entry->twin == Twin::kSubMean && (options.sub_mean.min_coherence > 0 || options.sub_mean.probe_stride > 0))
     return kRefuse.missing("sub-mean: coherence or probe rows; the kernel knows granule means");
@@ -74,6 +78,16 @@ ChooseRule choose_rule(Twin twin, const SelectorOptions& options, std::int32_t p
     case Twin::kQuoka:
       budget = quoka_budget(budget, options.quoka.kept_tokens, page_tokens);
       rule.everything = budget.kind == BudgetKind::kNative;
+      break;
+    case Twin::kSeer:
+      if (budget.kind != BudgetKind::kNative) break;
+      rule.above = true;
+      budget.value = options.seer.threshold;
+      break;
+    case Twin::kMeanKeyScores:
+      if (budget.kind != BudgetKind::kNative) break;
+      rule.lift = options.mean_key.lift;
+      budget.value = options.mean_key.share;
       break;
     case Twin::kSubMean:
       if (budget.kind != BudgetKind::kNative) break;
@@ -101,6 +115,20 @@ Result<CudaMaskShape> cuda_mask_shape(const SelectorOptions& options, std::int32
     case Twin::kMeanKey:
     case Twin::kSubMean:
     case Twin::kExternal: return CudaMaskShape{num_kv_heads, packed};
+    case Twin::kSeer: {
+      const GateWeights& gates = *options.seer.gates;
+      if (num_q_heads != gates.num_q_heads || num_kv_heads != gates.num_kv_heads) {
+        return kRefuse.wrong("seer: {} query heads and {} KV heads; the gates have {} and {}", num_q_heads,
+                             num_kv_heads, gates.num_q_heads, gates.num_kv_heads);
+      }
+      if (page_tokens % kGateBlockTokens != 0) {
+        return kRefuse.wrong("seer: pages of {} tokens; a multiple of {}", page_tokens, kGateBlockTokens);
+      }
+      return CudaMaskShape{gates.mask_heads, kGateBlockTokens};
+    }
+    case Twin::kMeanKeyScores:
+      return options.mean_key.tile == TileShape::kPacked ? CudaMaskShape{num_kv_heads, packed}
+                                                         : CudaMaskShape{num_q_heads, whole};
     case Twin::kOracle:
     case Twin::kXAttention: return CudaMaskShape{num_q_heads, whole};
     case Twin::kDense:

@@ -11,16 +11,18 @@ namespace compact {
 enum class Twin : std::int32_t {
   kDense,
   kStatic,
-  kMeanKey,
+  kMeanKey,        // judged by the kernels that score
+  kMeanKeyScores,  // other votes, visibilities, tiles, and budgets
   kOracle,
   kSubMean,
   kXAttention,
   kQuoka,
+  kSeer,
   kRandom,
   kExternal
 };
 
-// The rule that the mean-key kernels know. Errors: kUnsupported, as cuda_mask_shape.
+// The rule that select_mean_key_cuda knows. Errors: kUnsupported.
 [[nodiscard]] Status check_mean_key_twin(const Refusal& refuse, const MeanKeyOptions& rule);
 
 // Errors: as cuda_mask_shape.

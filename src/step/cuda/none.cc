@@ -22,4 +22,6 @@ Status page_summaries_cuda(const CudaStepInput&, const PagedKvView&, const CudaP
   return no_cuda();
 }
 
+Status gate_pools_cuda(const CudaStepInput&, const PagedKvView&, const CudaPageSummaries&, void*) { return no_cuda(); }
+
 }  // namespace compact

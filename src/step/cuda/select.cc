@@ -42,23 +42,31 @@ struct Selection {
   }
 };
 
-bool writes_elsewhere(Twin twin) { return twin == Twin::kOracle || twin == Twin::kSubMean; }
+bool writes_elsewhere(Twin twin) {
+  return twin == Twin::kOracle || twin == Twin::kMeanKeyScores || twin == Twin::kSubMean || twin == Twin::kSeer;
+}
 bool reads_keys(Twin twin) { return twin == Twin::kOracle || twin == Twin::kQuoka || twin == Twin::kXAttention; }
 
 // What score kernels are told; without a workspace their host numbers alone.
+// Of the current device; 0 if there is none, and nothing to launch.
+std::int32_t num_sms() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+}
+
 ScoreArgs score_args(const Selection& selection, const CudaStepInput& input, const CudaSelectInput& select) {
   const StepShape& s = selection.step.shape;
   return {.tables = {},
           .page_tables = input.page_tables,
           .page_table_stride = input.page_table_stride,
           .mean_tokens = input.mean_tokens,
-          .q = static_cast<const std::uint16_t*>(select.q),
-          .q_token_stride = select.q_token_stride,
-          .q_head_stride = select.q_head_stride,
           .kv = select.kv,
           .summaries = {.mean_k = static_cast<const std::uint16_t*>(select.summaries.mean_k),
                         .sub_mean_k = static_cast<const std::uint16_t*>(select.summaries.sub_mean_k),
-                        .norm_k = select.summaries.norm_k},
+                        .norm_k = select.summaries.norm_k,
+                        .gate_pool = select.summaries.gate_pool},
           .softmax_scale = select.softmax_scale,
           .head_dim = select.head_dim,
           .num_kv_heads = s.num_kv_heads,
@@ -66,15 +74,23 @@ ScoreArgs score_args(const Selection& selection, const CudaStepInput& input, con
           .page_tokens = s.page_tokens,
           .block_tokens = s.block_tokens,
           .num_chunks = s.num_chunks,
-          .max_context_tokens = s.max_context_tokens};
+          .max_context_tokens = s.max_context_tokens,
+          .num_sms = num_sms()};
 }
 
-std::int64_t scratch_of(const Selection& selection, const ScoreArgs& args, const ScoreRows& rows) {
+DeviceGates device_gates(const Selection& selection, const CudaSelectInput& select) {
+  const GateWeights& gates = *selection.options->seer.gates;
+  return {select.gates.key, select.gates.query, select.gates.inverse_frequencies, gates.mask_heads, gates.key_heads};
+}
+
+std::int64_t scratch_of(const Selection& selection, const CudaSelectInput& select, const ScoreArgs& args,
+                        const ScoreRows& rows) {
   switch (selection.twin) {
     case Twin::kOracle: return oracle_scratch_bytes(args, rows);
     case Twin::kSubMean: return sub_mean_scratch_bytes(args, rows);
     case Twin::kXAttention: return xattention_scratch_bytes(args, rows, selection.options->xattention);
     case Twin::kQuoka: return quoka_scratch_bytes(args, rows, selection.options->quoka);
+    case Twin::kSeer: return seer_scratch_bytes(args, rows, device_gates(selection, select));
     default: return 0;
   }
 }
@@ -135,16 +151,28 @@ Result<Selection> lay_out_selection(const CudaStepInput& input, const CudaSelect
   selection.scored_pages = take(rows * std::int64_t{sizeof(std::int32_t)});
   selection.nonfinite = take(rows * std::int64_t{sizeof(std::int32_t)});
   selection.cuts = take(s.num_chunks * std::int64_t{sizeof(PageCut)});
-  selection.scratch_bytes = scratch_of(selection, score_args(selection, input, select), shape);
+  selection.scratch_bytes = scratch_of(selection, select, score_args(selection, input, select), shape);
   selection.scratch = take(selection.scratch_bytes);
   return selection;
 }
 
 Status check_records(const Selection& selection, const CudaStepInput& input, const CudaSelectInput& select) {
+  if (selection.twin == Twin::kMeanKeyScores)
+    CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.mean_k", select.summaries.mean_k, 16));
   if (selection.twin == Twin::kSubMean)
     CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.sub_mean_k", select.summaries.sub_mean_k, 16));
   if (selection.twin == Twin::kQuoka)
     CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.norm_k", select.summaries.norm_k, alignof(float)));
+  if (selection.twin == Twin::kSeer) {
+    const GateWeights& gates = *selection.options->seer.gates;
+    if (gates.head_dim != select.head_dim) {
+      return kRefuse.wrong("seer: head dimension is {}; the gates have {}", select.head_dim, gates.head_dim);
+    }
+    CA_RETURN_IF_ERROR(kRefuse.check_pointer("summaries.gate_pool", select.summaries.gate_pool, 16));
+    CA_RETURN_IF_ERROR(kRefuse.check_pointer("gates.key", select.gates.key, 16));
+    CA_RETURN_IF_ERROR(kRefuse.check_pointer("gates.inverse_frequencies", select.gates.inverse_frequencies, 4));
+    if (!gates.query.empty()) CA_RETURN_IF_ERROR(kRefuse.check_pointer("gates.query", select.gates.query, 16));
+  }
   if (!reads_keys(selection.twin)) return {};
   CA_RETURN_IF_ERROR(check_cache(kRefuse, input, select.kv));
   CA_RETURN_IF_ERROR(kRefuse.check_pointer("kv.k", select.kv.k, 16));
@@ -168,25 +196,32 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
                                           .page_tokens = input.page_tokens},
                                          pdl, stream));
   }
-  CA_RETURN_IF_ERROR(check_queries(
-      kRefuse, input,
-      {select.q, select.q_token_stride, select.q_head_stride, select.dtype, select.head_dim, select.softmax_scale}));
+  const bool pre = selection.twin == Twin::kSeer;
+  if (pre && select.q_pre == nullptr) return kRefuse.wrong("q_pre is null");
+  const QueryRows queries{pre ? select.q_pre : select.q,
+                          pre ? select.q_pre_token_stride : select.q_token_stride,
+                          pre ? select.q_pre_head_stride : select.q_head_stride,
+                          select.dtype,
+                          select.head_dim,
+                          select.softmax_scale};
+  CA_RETURN_IF_ERROR(check_queries(kRefuse, input, queries));
   CA_RETURN_IF_ERROR(check_records(selection, input, select));
   ScoreArgs args = score_args(selection, input, select);
+  args.q = static_cast<const std::uint16_t*>(queries.q);
+  args.q_token_stride = queries.token_stride;
+  args.q_head_stride = queries.head_stride;
   args.tables = tables;
   args.kv.dtype = select.dtype;  // of the means, for those that read no keys
-  int device = 0;
-  CA_RETURN_IF_ERROR(cuda_status(kRefuse.caller, cudaGetDevice(&device), "no current device"));
-  CA_RETURN_IF_ERROR(cuda_status(
-      kRefuse.caller, cudaDeviceGetAttribute(&args.num_sms, cudaDevAttrMultiProcessorCount, device), "device query"));
   args.pdl = pdl;
   args.scratch = base + selection.scratch;
   args.scratch_bytes = selection.scratch_bytes;
   switch (selection.twin) {
     case Twin::kOracle: return launched(launch_oracle_scores(args, rows, stream));
+    case Twin::kMeanKeyScores: return launched(launch_mean_key_scores(args, rows, selection.options->mean_key, stream));
     case Twin::kSubMean: return launched(launch_sub_mean_scores(args, rows, selection.options->sub_mean, stream));
     case Twin::kXAttention:
       return launched(launch_xattention_scores(args, rows, selection.options->xattention, stream));
+    case Twin::kSeer: return launched(launch_seer_scores(args, rows, device_gates(selection, select), stream));
     case Twin::kQuoka: return launched(launch_quoka_scores(args, rows, selection.options->quoka, stream));
     default: return internal_error("select (cuda): no score kernel");
   }
@@ -249,7 +284,7 @@ Status select_cuda(const CudaStepInput& input, const CudaSelectInput& select, st
   char* const base = static_cast<char*>(workspace);
   ScoreRows rows = selection.rows(base);
   const StepTables tables = selection.step.tables(plan);
-  if (selection.twin != Twin::kDense && (per_head || !keeps_all(selection.rule.kind, selection.rule.value))) {
+  if (selection.twin != Twin::kDense && (per_head || !keeps_all(selection.rule, selection.rule.value))) {
     CA_RETURN_IF_ERROR(score(selection, input, select, rows, tables, base, major, cuda_stream));
   }
   if (!writes_elsewhere(selection.twin)) rows.elsewhere = nullptr;
@@ -270,30 +305,58 @@ Status select_cuda(const CudaStepInput& input, const CudaSelectInput& select, st
                      "launch of the budget kernel");
 }
 
-Status page_summaries_cuda(const CudaStepInput& input, const PagedKvView& kv, const CudaPageSummaries& summaries,
-                           void* stream) {
-  constexpr Refusal kSummaries{"page summaries (cuda)"};
+namespace {
+
+constexpr Refusal kSummaries{"page summaries (cuda)"};
+
+// What the kernels are told, and the major compute capability; 0: there is nothing to do.
+Result<int> prepare_summaries(const CudaStepInput& input, const PagedKvView& kv, const CudaPageSummaries& summaries,
+                              PageSummariesArgs& args) {
   CA_ASSIGN_OR_RETURN(const StepLayout layout, lay_out_step(input));
   CA_RETURN_IF_ERROR(check_cache(kSummaries, input, kv));
-  const std::int32_t max_pages = layout.shape.list_capacity;
-  if (summaries.sub_mean_k == nullptr && summaries.norm_k == nullptr) return {};
-  if (input.num_chunks == 0 || max_pages == 0 || input.num_q_tokens == 0) return {};
+  args = {.kv = kv,
+          .chunks = input.chunks,
+          .page_tables = input.page_tables,
+          .page_table_stride = input.page_table_stride,
+          .num_chunks = input.num_chunks,
+          .num_table_rows = input.num_table_rows,
+          .num_q_tokens = input.num_q_tokens,
+          .max_pages = layout.shape.list_capacity,
+          .sub_mean_k = static_cast<std::uint16_t*>(summaries.sub_mean_k),
+          .norm_k = summaries.norm_k,
+          .gate_pool = summaries.gate_pool,
+          .gate_sum = summaries.gate_sum};
+  if (input.num_chunks == 0 || args.max_pages == 0 || input.num_q_tokens == 0) return 0;
   CA_RETURN_IF_ERROR(check_step_pointers(kSummaries, input));
   CA_RETURN_IF_ERROR(kSummaries.check_pointer("kv.k", kv.k, 16));
-  CA_ASSIGN_OR_RETURN(const int major, device_major(kSummaries));
-  const PageSummariesArgs args{.kv = kv,
-                               .chunks = input.chunks,
-                               .page_tables = input.page_tables,
-                               .page_table_stride = input.page_table_stride,
-                               .num_chunks = input.num_chunks,
-                               .num_table_rows = input.num_table_rows,
-                               .num_q_tokens = input.num_q_tokens,
-                               .max_pages = max_pages,
-                               .sub_mean_k = static_cast<std::uint16_t*>(summaries.sub_mean_k),
-                               .norm_k = summaries.norm_k};
+  return device_major(kSummaries);
+}
+
+}  // namespace
+
+Status page_summaries_cuda(const CudaStepInput& input, const PagedKvView& kv, const CudaPageSummaries& summaries,
+                           void* stream) {
+  if (summaries.sub_mean_k == nullptr && summaries.norm_k == nullptr) return {};
+  PageSummariesArgs args;
+  CA_ASSIGN_OR_RETURN(const int major, prepare_summaries(input, kv, summaries, args));
+  if (major == 0) return {};
   return cuda_status(kSummaries.caller,
                      launch_page_summaries(args, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
                      "launch of the summaries kernel");
+}
+
+Status gate_pools_cuda(const CudaStepInput& input, const PagedKvView& kv, const CudaPageSummaries& summaries,
+                       void* stream) {
+  PageSummariesArgs args;
+  CA_ASSIGN_OR_RETURN(const int major, prepare_summaries(input, kv, summaries, args));
+  if (major == 0) return {};
+  if (kv.page_tokens % kGateBlockTokens != 0) {
+    return kSummaries.wrong("page_tokens is {}; gate pools need a multiple of {}", kv.page_tokens, kGateBlockTokens);
+  }
+  CA_RETURN_IF_ERROR(kSummaries.check_pointer("summaries.gate_pool", summaries.gate_pool, alignof(float)));
+  CA_RETURN_IF_ERROR(kSummaries.check_pointer("summaries.gate_sum", summaries.gate_sum, alignof(float)));
+  return cuda_status(kSummaries.caller, launch_gate_pools(args, major >= kPdlMajor, static_cast<cudaStream_t>(stream)),
+                     "launch of the gate pools kernel");
 }
 
 }  // namespace compact
