@@ -343,7 +343,8 @@ def append_gpu_table(figures: dict) -> str:
 
 def prefill_gpu_table(figures: dict) -> str:
     shape = figures["shape"]
-    experts = f", {shape['experts_per_token']} of {shape['experts']} experts a token" if "experts" in shape else ""
+    experts = (f", {shape['experts_per_token']} of {shape['experts']} experts of {shape['expert_intermediate']} a token (routers of random weights "
+               "spread tokens unevenly)") if "experts" in shape else ""
     requests = figures["rows"][0].get("requests", 1)
     lines = [f"Time to first token of the shape of {pathlib.Path(figures['model']).stem}: {shape['layers']} layers, hidden {shape['hidden']}, Hq {shape['q_heads']}, Hkv "
              f"{shape['kv_heads']}, D {shape['head_dim']}{experts}, bf16, weights drawn at random, {'one request' if requests == 1 else f'{requests} requests together'}. `random:share=0.1` forces a tenth of the past pages "
@@ -429,8 +430,9 @@ def tables() -> None:
         recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]
     if prefill_gpu:
         replace_block(ROOT / "README.md", "prefill", prefill_gpu_table(prefill_gpu))
-        recorded += ["## A whole model on one GPU, `prefill_gpu.json`, `prefill_gpu_qwen3.json`, `prefill_gpu_moe.json`, `prefill_gpu_batch.json`", ""]
-        for figures in (prefill_gpu, load("prefill_gpu_qwen3"), load("prefill_gpu_moe"), load("prefill_gpu_batch")):
+        recorded += ["## A whole model on one GPU, `prefill_gpu.json`, `prefill_gpu_qwen3.json`, `prefill_gpu_moe.json`, `prefill_gpu_moe_128k.json`, "
+                     "`prefill_gpu_batch.json`", ""]
+        for figures in map(load, ("prefill_gpu", "prefill_gpu_qwen3", "prefill_gpu_moe", "prefill_gpu_moe_128k", "prefill_gpu_batch")):
             recorded += [prefill_gpu_table(figures), ""] if figures else []
     if attention:
         recorded += ["## Attention on the CPU beside sgemm, `attention_cpu.json`", "", attention_table(attention), ""]
