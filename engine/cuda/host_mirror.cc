@@ -22,7 +22,7 @@ void widen_row(const Bf16Bits* row, std::int64_t count, float* out) {
 Result<HostMirror> HostMirror::create(const ModelConfig& config, const SequenceOptions& options, SummaryFields needs) {
   if (needs.gate_pool) {
     return unsupported(
-        "the CUDA backend does not keep queries and keys from before RoPE, which selector 'seer' reads\n"
+        "the CUDA backend shows the CPU no queries and keys from before RoPE, which selector 'seer' reads there\n"
         "  try: --backend cpu");
   }
   HostMirror mirror;
