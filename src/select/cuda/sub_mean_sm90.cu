@@ -10,9 +10,7 @@
 //              since 128 rows x pages do not fit an SM. It goes to a place of the CTA in scratch that stays in L2
 //   at the end the row's log-sum-exp is known; a thread for each eight pages joins the rows in order
 //
-// Exponentials are fp16, two at a time: a score is within 0.6 % of its exact value (its exponent is rounded to 2^-8 at
-// 2^-8 of the row's largest and below, its weight to 2^-10 and 2^-11), and a weight below 2^-24 of the largest is 0. Same
-// input, same bits.
+// A weight is rounded to 11 bits, and one below 2^-25 of the row's largest is 0. Same input, same bits.
 #include <cuda_fp16.h>
 
 #include <cmath>
@@ -43,12 +41,14 @@ constexpr std::int32_t kStagePages = 32;
 constexpr std::int32_t kColumns = kStagePages * kPageGranules;
 constexpr std::int32_t kStages = 4;
 constexpr std::int32_t kProducerWarps = 4;
+constexpr std::int32_t kAhead = 2;      // stages whose copies are under way
+constexpr std::int32_t kBatchRows = 8;  // that a thread reads at once at the end
 constexpr std::int32_t kConsumerWarps = 4 * kTiles;
 constexpr std::int32_t kConsumers = 32 * kConsumerWarps;
 constexpr std::int32_t kTileThreads = kConsumers / kTiles;
 constexpr std::int32_t kThreads = kConsumers + 32 * kProducerWarps;
 constexpr std::int32_t kPanelBytes = kColumns * ptx::kSwizzleRowBytes;  // of a stage and of a tile's queries
-constexpr float kLargestSum = 64.0f;  // of a thread's weights in a stage and row: then the shift moves
+constexpr float kLargestSum = 32768.0f;  // of a thread's weights in a stage and row: then the shift moves
 static_assert(kColumns == kTileRows);
 
 enum NamedBarrier { kTileDone = 1 };  // one for each tile
@@ -109,28 +109,30 @@ struct Item {
   }
 };
 
-// Row n of a stage holds mean n / 8 % 4 of this page of the stage, so that a lane's pairs of products are two pages
-// side by side, and its eight pages follow each other.
-__device__ __forceinline__ constexpr std::int32_t page_of_row(std::int32_t n) {
-  return n % 8 / 2 * 8 + n / 32 * 2 + n % 2;
-}
-
+// Row n of a stage holds mean n / 8 % 4 of page n % 8 / 2 * 8 + n / 32 * 2 + n % 2 of the stage, so that a lane's pairs
+// of products are two pages side by side, and its eight pages follow each other.
 template <std::int32_t kHeadDim>
 __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& shared, std::uint32_t ring,
                                              std::int32_t num_items) {
   using Shape = SubMeanShape<kHeadDim>;
   constexpr std::int32_t kPieces = kHeadDim / 8;
   constexpr std::int32_t kRowsPerCopy = 32 / kPieces;
-  constexpr std::int32_t kWarpRows = kColumns / kProducerWarps;
-  constexpr std::int32_t kCopies = kWarpRows / kRowsPerCopy;
-  constexpr std::int32_t kGroup = 8;
-  static_assert(kCopies % kGroup == 0, "groups fill the stage evenly");
+  constexpr std::int32_t kPageCopies = 8 / kRowsPerCopy;  // for one mean of each of the warp's eight pages
+  static_assert(kRowsPerCopy % 2 == 0);
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32 - kConsumerWarps;
-  const std::int32_t piece = lane % kPieces;
-  std::int32_t first_row = warp * kWarpRows + lane / kPieces;
-  const std::int64_t page_elements = std::int64_t{args.num_kv_heads} * kPageGranules * kHeadDim;
-  std::int32_t count = 0;
+  const std::int32_t piece = lane % kPieces, lane_row = lane / kPieces;
+  const std::uint32_t lane_offset =
+      static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
+      ptx::swizzle_128b(static_cast<std::uint32_t>(warp * 32 + lane_row), static_cast<std::uint32_t>(piece % 8 * 16));
+  const std::int32_t page_elements = args.num_kv_heads * kPageGranules * kHeadDim;
+  std::int32_t count = 0, num_landed = 0;
+  // The copies of a stage count as plain writes: they must have landed before the fence that makes wgmma see them.
+  const auto hand_over = [&] {
+    ptx::fence_proxy_async_shared();
+    ptx::mbarrier_arrive(&shared.full[num_landed % kStages]);
+    ++num_landed;
+  };
 #pragma unroll 1
   for (auto index = static_cast<std::int32_t>(blockIdx.x); index < num_items;
        index += static_cast<std::int32_t>(gridDim.x)) {
@@ -147,42 +149,38 @@ __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& sh
     for (std::int32_t u = 0; u < item.num_stages; ++u, ++count) {
       const std::int32_t id = next_id;
       if (u + 1 < item.num_stages) next_id = id_of(u + 1);
-      asm volatile("" : "+r"(first_row));  // opaque: what is derived from it would take registers from stage to stage
+      std::int32_t page[kPageCopies];  // ids first: a copy that waits for a shuffle keeps the next shuffle waiting
+#pragma unroll
+      for (std::int32_t c = 0; c < kPageCopies; ++c) {
+        const std::int32_t n = c * kRowsPerCopy + lane_row;
+        page[c] = __shfl_sync(0xffffffffu, id, n / 2 * 8 + warp * 2 + n % 2);
+      }
       const std::int32_t stage = count % kStages;
       ptx::mbarrier_wait(&shared.empty[stage], static_cast<std::uint32_t>(count / kStages & 1) ^ 1);
-      const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes + piece / 8 * kPanelBytes);
+      const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes) + lane_offset;
 #pragma unroll
-      for (std::int32_t group = 0; group < kCopies; group += kGroup) {
-        std::int32_t page[kGroup];  // ids first: a copy that waits for a shuffle keeps the next shuffle waiting
+      for (std::int32_t c = 0; c < kPageCopies; ++c) {
+        const bool valid = page[c] >= 0;
+        const std::uint16_t* from = means + (valid ? std::int64_t{page[c]} * page_elements : 0);
 #pragma unroll
-        for (std::int32_t i = 0; i < kGroup; ++i) {
-          page[i] = __shfl_sync(0xffffffffu, id, page_of_row(first_row + (group + i) * kRowsPerCopy));
-        }
-#pragma unroll
-        for (std::int32_t i = 0; i < kGroup; ++i) {
-          const std::int32_t row = first_row + (group + i) * kRowsPerCopy;
-          const bool valid = page[i] >= 0;
-          const std::int64_t from = valid ? page[i] * page_elements + row / 8 % kPageGranules * kHeadDim : 0;
-          ptx::cp_async_16(
-              to + ptx::swizzle_128b(static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(piece % 8 * 16)),
-              means + from, valid);
+        for (std::int32_t g = 0; g < kPageGranules; ++g) {
+          const std::int32_t row = 8 * g + c * kRowsPerCopy;
+          ptx::cp_async_16((to ^ static_cast<std::uint32_t>((row & 7) << 4)) +
+                               static_cast<std::uint32_t>(row * ptx::kSwizzleRowBytes),
+                           from + g * kHeadDim, valid);
         }
       }
-      ptx::cp_async_arrive(&shared.full[stage]);
+      ptx::cp_async_commit();
+      if (count >= kAhead) {
+        ptx::cp_async_wait<kAhead>();
+        hand_over();
+      }
     }
   }
+  ptx::cp_async_wait<0>();
+  while (num_landed < count) hand_over();
 }
 
-__device__ __forceinline__ std::uint32_t half_exp2(float low, float high) {
-  std::uint32_t x = ptx::pack_pair<ptx::MmaType::kF16>(low, high), y;
-  asm("ex2.approx.f16x2 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ std::uint32_t half_add(std::uint32_t a, std::uint32_t b) {
-  std::uint32_t y;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
 __device__ __forceinline__ float2 half_floats(std::uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
@@ -201,17 +199,17 @@ __device__ __forceinline__ void weigh(std::uint32_t (&weights)[2][4], float (&su
     sum[h] = 0.0f;
 #pragma unroll
     for (std::int32_t m = 0; m < 4; ++m) {
-      std::uint32_t pages = 0;
+      float pages[2] = {0.0f, 0.0f};
 #pragma unroll
       for (std::int32_t g = 0; g < kPageGranules; ++g) {
-        const std::int32_t i = 4 * (4 * m + g) + 2 * h;
-        const std::uint32_t pair =
-            half_exp2(fmaf(s[i], scale_log2, -rows.shift[h]), fmaf(s[i + 1], scale_log2, -rows.shift[h]));
-        pages = g == 0 ? pair : half_add(pages, pair);
+#pragma unroll
+        for (std::int32_t e = 0; e < 2; ++e) {
+          const float x = fmaf(s[4 * (4 * m + g) + 2 * h + e], scale_log2, -rows.shift[h]);
+          pages[e] += ptx::fast_exp2(x);
+        }
       }
-      weights[h][m] = pages;
-      const float2 both = half_floats(pages);
-      sum[h] += both.x + both.y;
+      weights[h][m] = ptx::pack_pair<ptx::MmaType::kF16>(pages[0], pages[1]);
+      sum[h] += pages[0] + pages[1];
     }
   }
 }
@@ -244,12 +242,14 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
   const std::int32_t lane = thread % 32;
   const std::int32_t first_row = thread / 32 * 16 + lane / 4;  // of a block; the other is 8 more
   const std::uint32_t queries = ring + static_cast<std::uint32_t>(Shape::kQueriesAt + tile_idx * Shape::kQueryBytes);
-  const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(queries);
+  const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(queries).uniform();
   const ptx::SmemDescriptor mean_descriptor = ptx::k_major_descriptor(ring);
   const std::int64_t place = std::int64_t{static_cast<std::int32_t>(blockIdx.x)} * kTiles + tile_idx;
-  const std::int64_t weight_row = std::int64_t{args.max_stages} * kStagePages;
+  const std::int32_t weight_row = args.max_stages * kStagePages;
   std::uint16_t* weights = args.weights + place * kTileRows * weight_row;
   float* shifts = args.shifts + place * kTileRows * args.max_stages;
+  const std::uint16_t* lane_weights = weights + first_row * weight_row + lane % 4 * 8;
+  float* lane_shifts = shifts + first_row * args.max_stages;
   float first[kColumns / 2] = {}, second[kColumns / 2] = {};  // scores of the two blocks
 
   std::int32_t count = 0;
@@ -290,11 +290,10 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
     const auto wait_stage = [&](std::int32_t u) {
       const std::int32_t c = count + u;
       ptx::mbarrier_wait(&shared.full[c % kStages], static_cast<std::uint32_t>(c / kStages & 1));
-      ptx::fence_proxy_async_shared();
     };
     const auto begin_products = [&](float(&d)[kColumns / 2], std::int32_t row_block, std::int32_t u) {
       const ptx::SmemDescriptor means = mean_descriptor.advanced((count + u) % kStages * Shape::kStageBytes).uniform();
-      const ptx::SmemDescriptor rows = q_descriptor.advanced(row_block * kBlockRows * ptx::kSwizzleRowBytes).uniform();
+      const ptx::SmemDescriptor rows = q_descriptor.advanced(row_block * kBlockRows * ptx::kSwizzleRowBytes);
       ptx::pin_registers(d);
       ptx::wgmma_fence();
 #pragma unroll
@@ -336,10 +335,12 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
 #pragma unroll
       for (std::int32_t h = 0; h < 2; ++h) {
         rows.sum[h] += sum[h];
-        const std::int32_t row = row_block * kBlockRows + first_row + 8 * h;
-        *reinterpret_cast<uint4*>(weights + row * weight_row + u * kStagePages + lane % 4 * 8) =
-            uint4{pages[h][0], pages[h][1], pages[h][2], pages[h][3]};
-        if (lane % 4 == 0) shifts[std::int64_t{row} * args.max_stages + u] = rows.shift[h];
+        const std::int32_t row = row_block * kBlockRows + 8 * h;  // and first_row
+        const std::uint16_t* to = lane_weights + row * weight_row + u * kStagePages;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pages[h][0]), "r"(pages[h][1]),
+                     "r"(pages[h][2]), "r"(pages[h][3])
+                     : "memory");
+        if (lane % 4 == 0) lane_shifts[row * args.max_stages + u] = rows.shift[h];
       }
     };
 
@@ -387,20 +388,38 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
       float sum[8] = {}, peak[8] = {};
       const std::uint16_t* from = weights + page;
       const float* shift = shifts + page / kStagePages;
-#pragma unroll 8
-      for (std::int32_t row = 0; row < num_rows; ++row) {
-        const uint4 eight = *reinterpret_cast<const uint4*>(from + row * weight_row);
-        const float factor =
-            ptx::fast_exp2(shift[std::int64_t{row} * args.max_stages] - shared.row_sums[tile_idx][row]);
-        const std::uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+      uint4 eight[2][kBatchRows];  // a batch of rows at work, the next on its way
+      float factor[2][kBatchRows];
+      const auto read = [&](std::int32_t batch, std::int32_t first_of_batch) {
 #pragma unroll
-        for (std::int32_t i = 0; i < 4; ++i) {
-          const float2 both = half_floats(pairs[i]);
-          sum[2 * i] = fmaf(both.x, factor, sum[2 * i]);
-          sum[2 * i + 1] = fmaf(both.y, factor, sum[2 * i + 1]);
-          peak[2 * i] = fmaxf(peak[2 * i], both.x * factor);
-          peak[2 * i + 1] = fmaxf(peak[2 * i + 1], both.y * factor);
+        for (std::int32_t i = 0; i < kBatchRows; ++i) {  // rows that do not exist weigh nothing
+          const std::int32_t row = min(first_of_batch + i, kTileRows - 1);
+          eight[batch][i] = *reinterpret_cast<const uint4*>(from + row * weight_row);
+          factor[batch][i] = shift[row * args.max_stages];
         }
+      };
+      const auto join = [&](std::int32_t batch, std::int32_t first_of_batch) {
+#pragma unroll
+        for (std::int32_t i = 0; i < kBatchRows; ++i) {
+          const float f = ptx::fast_exp2(factor[batch][i] - shared.row_sums[tile_idx][first_of_batch + i]);
+          const std::uint32_t pairs[4] = {eight[batch][i].x, eight[batch][i].y, eight[batch][i].z, eight[batch][i].w};
+#pragma unroll
+          for (std::int32_t k = 0; k < 4; ++k) {
+            const float2 both = half_floats(pairs[k]);
+            sum[2 * k] = fmaf(both.x, f, sum[2 * k]);
+            sum[2 * k + 1] = fmaf(both.y, f, sum[2 * k + 1]);
+            peak[2 * k] = fmaxf(peak[2 * k], both.x * f);
+            peak[2 * k + 1] = fmaxf(peak[2 * k + 1], both.y * f);
+          }
+        }
+      };
+      read(0, 0);
+#pragma unroll 1
+      for (std::int32_t row = 0; row < kTileRows; row += 2 * kBatchRows) {
+        read(1, row + kBatchRows);
+        join(0, row);
+        read(0, row + 2 * kBatchRows);
+        join(1, row + kBatchRows);
       }
 #pragma unroll
       for (std::int32_t i = 0; i < 8; ++i) {
