@@ -245,14 +245,32 @@ def elsewhere(figures: dict) -> str:
 
 
 def step_gpu_table(figures: dict) -> str:
-    lines = ["One layer and chunk, everything on the device: mean-key selection, union, page lists, attention. `chain`: the whole step queued in a "
-             "row (its kernels overlap by programmatic dependent launch, so it is less than the sum); `graph`: replayed from a CUDA graph. Dense: "
-             "our kernel, which is never behind cuDNN in the table above.", "",
-             "| shape | mode | density | inflation | select ms | unite ms | attend ms | chain ms | graph ms | dense ms | dense / chain |",
+    lines = ["One layer and chunk, everything on the device and replayed from a CUDA graph: mean-key selection, union, page lists, attention. Stages are "
+             "timed alone; the whole is less than their sum, since kernels overlap. Dense: our kernel. Adaptive with the crossover is the default policy.", "",
+             "| shape | L | dense ms | paper: density | select + unite us | whole ms | to dense | default: density | inflation | whole ms | to dense |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
-    lines += [f"| {row['name']} | {row['mode']} | {row['density']:.3f} | {row['union_inflation']:.2f} | {row['select_ms']:.3f} | {row['unite_ms']:.3f} | "
-              f"{row['attend_ms']:.3f} | {row['chain_ms']:.3f} | {row['graph_ms']:.3f} | {row['dense_ms']:.2f} | {row['dense_ms'] / row['chain_ms']:.2f}x |"
-              for row in figures["rows"]]
+    for run in figures["runs"]:
+        for context in run["contexts"]:
+            rows = {row["name"]: row for row in context["modes"]}
+            dense, paper, default = rows["dense"], rows["paper"], rows["default policy"]
+            lines.append(f"| B{run['requests']} Hq{run['num_q_heads']} Hkv{run['num_kv_heads']} D{run['head_dim']} C{run['chunk']} | {context['context']:,} | "
+                         f"{1e3 * dense['step_seconds']:.3f} | {paper['density']:.3f} | {1e6 * (paper['select_seconds'] + paper['unite_seconds']):.0f} | "
+                         f"{1e3 * paper['step_seconds']:.3f} | {paper['speedup']:.2f}x | {default['density']:.3f} | {default['union_inflation']:.2f} | "
+                         f"{1e3 * default['step_seconds']:.3f} | {default['speedup']:.2f}x |")
+    lines += ["", "![Speed-up of a step over dense against the context](../docs/images/step_context.svg)"]
+    return "\n".join([*lines, "", elsewhere(figures)])
+
+
+def step_gpu_density_table(figures: dict) -> str:
+    context = figures["contexts"][0]["context"]
+    lines = [f"B{figures['requests']} Hq{figures['num_q_heads']} Hkv{figures['num_kv_heads']} C{figures['chunk']} L{context:,}: the time of a step is a line in what it reads. "
+             "`adaptive` leaves the union of the whole chunk where that costs more than it saves.", "",
+             "| wanted | paper: density | inflation | whole ms | to dense | adaptive: density | inflation | whole ms | to dense |", "|---|---|---|---|---|---|---|---|---|"]
+    for point in figures["contexts"]:
+        rows = {row["name"]: row for row in point["modes"]}
+        lines.append(f"| {point['wanted_density']:.2f} | " + " | ".join(
+            f"{row['density']:.3f} | {row['union_inflation']:.2f} | {1e3 * row['step_seconds']:.3f} | {row['speedup']:.2f}x" for row in (rows["paper"], rows["adaptive"])) + " |")
+    lines += ["", "![Time of a step against what it reads](../docs/images/step_density.svg)"]
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
@@ -286,15 +304,6 @@ def select_gpu_table(figures: dict) -> str:
                 us = [1e6 * row[stage] for stage in ("plan_seconds", "select_seconds", "unite_seconds")]
                 lines.append(f"| B{run['requests']} Hq{run['num_q_heads']} Hkv{run['num_kv_heads']} C{run['chunk']} L{context['context']} | {row['name']} | "
                              f"{row['density']:.3f} | {row['union_inflation']:.2f} | " + " | ".join(f"{x:.0f}" for x in us) + f" | {us[1] + us[2]:.0f} |")
-    return "\n".join([*lines, "", elsewhere(figures)])
-
-
-def step_gpu_short_table(figures: dict) -> str:
-    lines = [f"B{figures['requests']} Hq{figures['num_q_heads']} Hkv{figures['num_kv_heads']} C{figures['chunk']}, short contexts: never slower than dense.", "",
-             "| L | mode | density | select us | unite us | attend us | whole us | dense / whole |", "|---|---|---|---|---|---|---|---|"]
-    for context in figures["contexts"]:
-        lines += [f"| {context['context']} | {row['name']} | {row['density']:.3f} | {1e6 * row['select_seconds']:.0f} | {1e6 * row['unite_seconds']:.0f} | "
-                  f"{1e6 * row['attend_seconds']:.0f} | {1e6 * row['step_seconds']:.0f} | {row['speedup']:.2f}x |" for row in context["modes"]]
     return "\n".join([*lines, "", elsewhere(figures)])
 
 
@@ -386,11 +395,11 @@ def tables() -> None:
     step_gpu_compare = load("step_gpu_compare")
     if step_gpu_compare:
         recorded += ["## The step on one GPU beside peers, `step_gpu_compare.json`", "", step_gpu_compare_table(step_gpu_compare), ""]
-    select_gpu, step_gpu_short = load("select_gpu"), load("step_gpu_short")
+    select_gpu, step_gpu_density = load("select_gpu"), load("step_gpu_density")
     if select_gpu:
         recorded += ["## Selection and union on one GPU, `select_gpu.json`", "", select_gpu_table(select_gpu), ""]
-    if step_gpu_short:
-        recorded += ["## The step on one GPU at short contexts, `step_gpu_short.json`", "", step_gpu_short_table(step_gpu_short), ""]
+    if step_gpu_density:
+        recorded += ["## The step on one GPU against density, `step_gpu_density.json`", "", step_gpu_density_table(step_gpu_density), ""]
     append_gpu, prefill_gpu = load("append_gpu"), load("prefill_gpu")
     if append_gpu:
         recorded += ["## The append on one GPU, `append_gpu.json`", "", append_gpu_table(append_gpu), ""]

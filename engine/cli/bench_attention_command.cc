@@ -15,8 +15,8 @@
 #include "engine/bench/attention_cuda.h"
 #include "engine/bench/step_cuda.h"
 #include "engine/cli/commands.h"
-#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
+#include "engine/loader/text_file.h"
 
 extern char** environ;
 

@@ -12,8 +12,8 @@
 #include "engine/bench/prefill.h"
 #include "engine/cli/commands.h"
 #include "engine/cli/eval_flags.h"
-#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"
 

@@ -13,7 +13,8 @@
 #include "engine/bench/step_cpu.h"
 #include "engine/bench/step_cuda.h"
 #include "engine/cli/commands.h"
-#include "engine/cli/files.h"
+#include "engine/loader/text_file.h"
+#include "engine/report/step_svg.h"
 
 namespace compact::engine {
 namespace {
@@ -29,6 +30,7 @@ struct BenchStepFlags {
   std::int32_t repeats = 5;
   bool cpu_time = false;
   std::string json;
+  std::string svg;
 };
 
 nlohmann::json report(const StepRow& row, double dense_seconds) {
@@ -93,7 +95,9 @@ Status check_flags(BenchStepFlags& flags) {
   if (!cuda && flags.requests != 1) {
     return unsupported(fmt::format("--requests is {} with --backend cpu; 1", flags.requests));
   }
-  if (!flags.json.empty()) CA_RETURN_IF_ERROR(check_writable(flags.json));
+  for (const std::string& file : {flags.json, flags.svg}) {
+    if (!file.empty()) CA_RETURN_IF_ERROR(check_writable(file));
+  }
   if (!bench::use_cpu_time(flags.cpu_time, flags.threads)) return invalid_argument("--cpu-time with several threads");
   flags.shape.dtype = flags.dtype == "f32" ? DType::kF32 : DType::kBF16;
   std::sort(flags.contexts.begin(), flags.contexts.end());
@@ -112,9 +116,9 @@ nlohmann::json shape_figures(const BenchStepFlags& flags) {
           {"selector", "mean-key"}};
 }
 
-void print_shape(const BenchStepFlags& flags) {
-  fmt::print("D={} Hq={} Hkv={} C={} P={} {}\n", flags.shape.head_dim, flags.shape.num_q_heads,
-             flags.shape.num_kv_heads, flags.shape.chunk, flags.shape.page_tokens, flags.dtype);
+std::string shape_text(const BenchStepFlags& flags) {
+  return fmt::format("D={} Hq={} Hkv={} C={} P={} {}", flags.shape.head_dim, flags.shape.num_q_heads,
+                     flags.shape.num_kv_heads, flags.shape.chunk, flags.shape.page_tokens, flags.dtype);
 }
 
 Status run_bench_step(BenchStepFlags flags) {
@@ -126,15 +130,17 @@ Status run_bench_step(BenchStepFlags flags) {
   } else {
     CA_ASSIGN_OR_RETURN(backend, cuda_backend(flags));
   }
-  print_shape(flags);
+  fmt::print("{}\n", shape_text(flags));
   nlohmann::json figures = shape_figures(flags);
   figures.update(backend.about);
   if (flags.densities.size() == 1) figures["wanted_density"] = flags.densities.front();
+  std::vector<StepPoint> points;
   std::int32_t pays_from = 0;  // least context from which on the default policy gains
   for (const std::int32_t context : flags.contexts) {
     bool gains = true;
     for (const double density : flags.densities) {
       CA_ASSIGN_OR_RETURN(const std::vector<StepRow> rows, backend.run(context, density));
+      points.push_back({context, density, rows});
       const double dense_seconds = rows.front().times.total();
       fmt::print("L={} density {}\n", context, density);
       nlohmann::json modes = nlohmann::json::array();
@@ -163,6 +169,10 @@ Status run_bench_step(BenchStepFlags flags) {
   }
   fmt::print("of these contexts the default policy gains from L={} on\n", pays_from);
   figures["pays_from_tokens"] = pays_from;
+  if (!flags.svg.empty()) {
+    const std::string title = fmt::format("One step, B={} {}", flags.requests, shape_text(flags));
+    CA_RETURN_IF_ERROR(write_text_file(flags.svg, step_svg(title, points)));
+  }
   return flags.json.empty() ? Status() : write_text_file(flags.json, figures.dump(2) + "\n");
 }
 
@@ -171,7 +181,7 @@ Status run_bench_select(BenchStepFlags flags) {
   if (flags.backend != "cuda") return unsupported("bench select times: cuda; for the CPU see bench step");
   CA_ASSIGN_OR_RETURN(const CudaBenchDevice device, cuda_bench_device());
   fmt::print("{}   kernel {}   B={} ", device.name, device.kernel, flags.requests);
-  print_shape(flags);
+  fmt::print("{}\n", shape_text(flags));
   nlohmann::json figures = shape_figures(flags);
   figures["kernel"] = device.kernel;
   figures["target"] = device.name;
@@ -238,6 +248,7 @@ CommandBody add_bench_step_command(CLI::App& bench) {
   command->add_option("--repeats", flags->repeats, "Timed runs on the CPU, of which the median counts")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
+  command->add_option("--svg", flags->svg, "Draw time against density and speed-up against the context into this file");
   command->add_flag("--cpu-time", flags->cpu_time, "CPU seconds, for one thread on a busy machine");
   return [flags] { return run_bench_step(*flags); };
 }

@@ -10,11 +10,11 @@
 
 #include "engine/cli/commands.h"
 #include "engine/cli/eval_flags.h"
-#include "engine/cli/files.h"
 #include "engine/cli/prompt_flags.h"
 #include "engine/cli/selector_spec.h"
 #include "engine/eval/calibration.h"
 #include "engine/eval/digest.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/progress.h"
 #include "engine/report/run_report.h"
 

@@ -10,8 +10,8 @@
 
 #include "engine/cli/commands.h"
 #include "engine/cli/demo_prompt.h"
-#include "engine/cli/files.h"
 #include "engine/cli/generate_flags.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"
 

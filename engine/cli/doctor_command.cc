@@ -11,8 +11,8 @@
 #include "compact/thread_pool.h"
 #include "compact/version.h"
 #include "engine/cli/commands.h"
-#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
+#include "engine/loader/text_file.h"
 #include "engine/scheduler/answer.h"
 
 namespace compact::engine {

@@ -10,9 +10,9 @@
 #include <utility>
 
 #include "engine/cli/eval_outputs.h"
-#include "engine/cli/files.h"
 #include "engine/cli/selector_spec.h"
 #include "engine/eval/digest.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "engine/cli/files.h"
 #include "engine/eval/longbench.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/compare_report.h"
 #include "engine/report/eval_report.h"
 #include "engine/report/perplexity_report.h"

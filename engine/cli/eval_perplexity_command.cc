@@ -11,10 +11,10 @@
 #include "engine/cli/commands.h"
 #include "engine/cli/eval_flags.h"
 #include "engine/cli/eval_outputs.h"
-#include "engine/cli/files.h"
 #include "engine/cli/selector_spec.h"
 #include "engine/eval/digest.h"
 #include "engine/eval/perplexity.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/progress.h"
 
 namespace compact::engine {

@@ -11,7 +11,7 @@
 #include "engine/cli/commands.h"
 #include "engine/cli/eval_flags.h"
 #include "engine/cli/eval_outputs.h"
-#include "engine/cli/files.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {

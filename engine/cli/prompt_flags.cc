@@ -7,9 +7,9 @@
 #include <system_error>
 #include <utility>
 
-#include "engine/cli/files.h"
 #include "engine/eval/digest.h"
 #include "engine/eval/evaluate.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "engine/cli/commands.h"
-#include "engine/cli/files.h"
 #include "engine/cli/generate_flags.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"
 

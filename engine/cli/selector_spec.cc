@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-#include "engine/cli/files.h"
 #include "engine/eval/digest.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 

@@ -10,10 +10,10 @@
 #include <memory>
 #include <utility>
 
-#include "engine/cli/files.h"
 #include "engine/eval/comparison.h"
 #include "engine/eval/selector_set.h"
 #include "engine/loader/json.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {

@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "engine/cli/files.h"
 #include "engine/eval/digest.h"
+#include "engine/loader/text_file.h"
 #include "engine/model/stopwatch.h"
 
 namespace compact::engine {

@@ -8,8 +8,8 @@
 #include <limits>
 #include <utility>
 
-#include "engine/cli/files.h"
 #include "engine/eval/digest.h"
+#include "engine/loader/text_file.h"
 
 namespace compact::engine {
 namespace {

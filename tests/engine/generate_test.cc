@@ -7,7 +7,7 @@
 #include <set>
 
 #include "engine/cli/demo_prompt.h"
-#include "engine/cli/files.h"
+#include "engine/loader/text_file.h"
 #include "engine/report/page_map_svg.h"
 #include "engine/report/run_report.h"
 #include "engine/scheduler/answer.h"

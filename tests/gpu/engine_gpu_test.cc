@@ -8,10 +8,10 @@
 #include <cstring>
 
 #include "engine/cli/demo_prompt.h"
-#include "engine/cli/files.h"
 #include "engine/cuda/cuda_model.h"
 #include "engine/loader/rope_frequencies.h"
 #include "engine/loader/safetensors.h"
+#include "engine/loader/text_file.h"
 #include "engine/model/transformer.h"
 #include "engine/scheduler/answer.h"
 

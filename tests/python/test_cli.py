@@ -105,15 +105,18 @@ def test_doctor(cli, demo_dir, tmp_path):
 
 
 def test_bench_step_sums_its_stages_at_the_wanted_density(cli, tmp_path):
-    out = tmp_path / "step.json"
+    out, svg = tmp_path / "step.json", tmp_path / "step.svg"
     run(cli, "bench", "step", "--backend", "cpu", "--context", "8192,4096", "--chunk", "512", "--density", "0.2",
-        "--repeats", "1", "--threads", "2", "--json", out)
+        "--repeats", "1", "--threads", "2", "--json", out, "--svg", svg)
     figures = json.loads(out.read_text())
     stages = [figures[f"{stage}_seconds"] for stage in ("select", "unite", "attention")]
     assert all(seconds > 0 for seconds in stages) and figures["step_seconds"] == pytest.approx(sum(stages))
     assert figures["dense_seconds"] > 0 and figures["context"] == 8192
     assert figures["density"] == pytest.approx(0.2, rel=0.1)
     assert [row["name"] for row in figures["contexts"][0]["modes"]] == ["dense", "paper", "tile", "adaptive", "default policy"]
+    # Against the context: four series of two points each, and no panel of densities.
+    picture = svg.read_text()
+    assert picture.count("<circle") == 8 and "times dense" in picture and "step, ms" not in picture
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -47,6 +47,22 @@ __global__ void topic_keys_kernel(std::uint16_t* k, std::int64_t elements, std::
   }
 }
 
+__device__ std::uint64_t greatest_common_divisor(std::uint64_t a, std::uint64_t b) {
+  while (b != 0) {
+    const std::uint64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+// Page number `place` of a pool of [0, pages): no page twice, whatever the pool's size.
+__device__ std::uint64_t page_of_pool(std::uint64_t pool, std::uint64_t place, std::uint64_t pages) {
+  std::uint64_t factor = 1 + mix(pool) % pages;
+  while (greatest_common_divisor(factor, pages) != 1) ++factor;
+  return (mix(pool + 1) + place * factor) % pages;
+}
+
 // A block per (token, head), a thread per dimension.
 __global__ void topic_queries_kernel(TopicQueries args, std::uint64_t seed) {
   const auto row = static_cast<std::int64_t>(blockIdx.x);
@@ -60,7 +76,7 @@ __global__ void topic_queries_kernel(TopicQueries args, std::uint64_t seed) {
   for (std::uint64_t i = 0; i < 3 && args.pool_pages > 0; ++i) {
     const std::uint64_t place =
         mix(pool + static_cast<std::uint64_t>(row) * 3 + i) % static_cast<std::uint64_t>(args.pool_pages);
-    const std::uint64_t page = mix(pool ^ (place + 1)) % static_cast<std::uint64_t>(args.past_pages);
+    const std::uint64_t page = page_of_pool(pool, place, static_cast<std::uint64_t>(args.past_pages));
     const std::int32_t physical =
         args.page_tables[std::int64_t{request} * args.pages_per_table + static_cast<std::int64_t>(page)];
     value += topic(seed, physical, args.kv_heads, kv_head, args.head_dim, d);

@@ -1,4 +1,4 @@
-#include "engine/cli/files.h"
+#include "engine/loader/text_file.h"
 
 #include <fmt/format.h>
 #include <unistd.h>

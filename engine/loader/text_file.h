@@ -1,4 +1,4 @@
-/// Reading prompts and writing results.
+/// Whole files of text: prompts, calibrations, results.
 #pragma once
 
 #include <filesystem>
