@@ -41,8 +41,7 @@ constexpr std::int32_t kStagePages = 32;
 constexpr std::int32_t kColumns = kStagePages * kPageGranules;
 constexpr std::int32_t kStages = 4;
 constexpr std::int32_t kProducerWarps = 4;
-constexpr std::int32_t kAhead = 2;      // stages whose copies are under way
-constexpr std::int32_t kBatchRows = 8;  // that a thread reads at once at the end
+constexpr std::int32_t kBatchRows = 16;  // that a thread reads at once at the end
 constexpr std::int32_t kConsumerWarps = 4 * kTiles;
 constexpr std::int32_t kConsumers = 32 * kConsumerWarps;
 constexpr std::int32_t kTileThreads = kConsumers / kTiles;
@@ -109,30 +108,28 @@ struct Item {
   }
 };
 
-// Row n of a stage holds mean n / 8 % 4 of page n % 8 / 2 * 8 + n / 32 * 2 + n % 2 of the stage, so that a lane's pairs
-// of products are two pages side by side, and its eight pages follow each other.
+// Row n of a stage holds mean n / 8 % 4 of this page of the stage, so that a lane's pairs of products are two pages
+// side by side, and its eight pages follow each other.
+__device__ __forceinline__ constexpr std::int32_t page_of_row(std::int32_t n) {
+  return n % 8 / 2 * 8 + n / 32 * 2 + n % 2;
+}
+
 template <std::int32_t kHeadDim>
 __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& shared, std::uint32_t ring,
                                              std::int32_t num_items) {
   using Shape = SubMeanShape<kHeadDim>;
   constexpr std::int32_t kPieces = kHeadDim / 8;
   constexpr std::int32_t kRowsPerCopy = 32 / kPieces;
-  constexpr std::int32_t kPageCopies = 8 / kRowsPerCopy;  // for one mean of each of the warp's eight pages
-  static_assert(kRowsPerCopy % 2 == 0);
+  constexpr std::int32_t kWarpRows = kColumns / kProducerWarps;
+  constexpr std::int32_t kCopies = kWarpRows / kRowsPerCopy;
+  constexpr std::int32_t kGroup = 8;
+  static_assert(kCopies % kGroup == 0, "groups fill the stage evenly");
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32 - kConsumerWarps;
-  const std::int32_t piece = lane % kPieces, lane_row = lane / kPieces;
-  const std::uint32_t lane_offset =
-      static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
-      ptx::swizzle_128b(static_cast<std::uint32_t>(warp * 32 + lane_row), static_cast<std::uint32_t>(piece % 8 * 16));
-  const std::int32_t page_elements = args.num_kv_heads * kPageGranules * kHeadDim;
-  std::int32_t count = 0, num_landed = 0;
-  // The copies of a stage count as plain writes: they must have landed before the fence that makes wgmma see them.
-  const auto hand_over = [&] {
-    ptx::fence_proxy_async_shared();
-    ptx::mbarrier_arrive(&shared.full[num_landed % kStages]);
-    ++num_landed;
-  };
+  const std::int32_t piece = lane % kPieces;
+  std::int32_t first_row = warp * kWarpRows + lane / kPieces;
+  const std::int64_t page_elements = std::int64_t{args.num_kv_heads} * kPageGranules * kHeadDim;
+  std::int32_t count = 0;
 #pragma unroll 1
   for (auto index = static_cast<std::int32_t>(blockIdx.x); index < num_items;
        index += static_cast<std::int32_t>(gridDim.x)) {
@@ -149,36 +146,30 @@ __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& sh
     for (std::int32_t u = 0; u < item.num_stages; ++u, ++count) {
       const std::int32_t id = next_id;
       if (u + 1 < item.num_stages) next_id = id_of(u + 1);
-      std::int32_t page[kPageCopies];  // ids first: a copy that waits for a shuffle keeps the next shuffle waiting
-#pragma unroll
-      for (std::int32_t c = 0; c < kPageCopies; ++c) {
-        const std::int32_t n = c * kRowsPerCopy + lane_row;
-        page[c] = __shfl_sync(0xffffffffu, id, n / 2 * 8 + warp * 2 + n % 2);
-      }
+      asm volatile("" : "+r"(first_row));  // opaque: what is derived from it would take registers from stage to stage
       const std::int32_t stage = count % kStages;
       ptx::mbarrier_wait(&shared.empty[stage], static_cast<std::uint32_t>(count / kStages & 1) ^ 1);
-      const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes) + lane_offset;
+      const std::uint32_t to = ring + static_cast<std::uint32_t>(stage * Shape::kStageBytes + piece / 8 * kPanelBytes);
 #pragma unroll
-      for (std::int32_t c = 0; c < kPageCopies; ++c) {
-        const bool valid = page[c] >= 0;
-        const std::uint16_t* from = means + (valid ? std::int64_t{page[c]} * page_elements : 0);
+      for (std::int32_t group = 0; group < kCopies; group += kGroup) {
+        std::int32_t page[kGroup];  // ids first: a copy that waits for a shuffle keeps the next shuffle waiting
 #pragma unroll
-        for (std::int32_t g = 0; g < kPageGranules; ++g) {
-          const std::int32_t row = 8 * g + c * kRowsPerCopy;
-          ptx::cp_async_16((to ^ static_cast<std::uint32_t>((row & 7) << 4)) +
-                               static_cast<std::uint32_t>(row * ptx::kSwizzleRowBytes),
-                           from + g * kHeadDim, valid);
+        for (std::int32_t i = 0; i < kGroup; ++i) {
+          page[i] = __shfl_sync(0xffffffffu, id, page_of_row(first_row + (group + i) * kRowsPerCopy));
+        }
+#pragma unroll
+        for (std::int32_t i = 0; i < kGroup; ++i) {
+          const std::int32_t row = first_row + (group + i) * kRowsPerCopy;
+          const bool valid = page[i] >= 0;
+          const std::int64_t from = valid ? page[i] * page_elements + row / 8 % kPageGranules * kHeadDim : 0;
+          ptx::cp_async_16(
+              to + ptx::swizzle_128b(static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(piece % 8 * 16)),
+              means + from, valid);
         }
       }
-      ptx::cp_async_commit();
-      if (count >= kAhead) {
-        ptx::cp_async_wait<kAhead>();
-        hand_over();
-      }
+      ptx::cp_async_arrive(&shared.full[stage]);
     }
   }
-  ptx::cp_async_wait<0>();
-  while (num_landed < count) hand_over();
 }
 
 __device__ __forceinline__ float2 half_floats(std::uint32_t pair) {
@@ -242,14 +233,12 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
   const std::int32_t lane = thread % 32;
   const std::int32_t first_row = thread / 32 * 16 + lane / 4;  // of a block; the other is 8 more
   const std::uint32_t queries = ring + static_cast<std::uint32_t>(Shape::kQueriesAt + tile_idx * Shape::kQueryBytes);
-  const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(queries).uniform();
+  const ptx::SmemDescriptor q_descriptor = ptx::k_major_descriptor(queries);
   const ptx::SmemDescriptor mean_descriptor = ptx::k_major_descriptor(ring);
   const std::int64_t place = std::int64_t{static_cast<std::int32_t>(blockIdx.x)} * kTiles + tile_idx;
   const std::int32_t weight_row = args.max_stages * kStagePages;
   std::uint16_t* weights = args.weights + place * kTileRows * weight_row;
   float* shifts = args.shifts + place * kTileRows * args.max_stages;
-  const std::uint16_t* lane_weights = weights + first_row * weight_row + lane % 4 * 8;
-  float* lane_shifts = shifts + first_row * args.max_stages;
   float first[kColumns / 2] = {}, second[kColumns / 2] = {};  // scores of the two blocks
 
   std::int32_t count = 0;
@@ -290,10 +279,11 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
     const auto wait_stage = [&](std::int32_t u) {
       const std::int32_t c = count + u;
       ptx::mbarrier_wait(&shared.full[c % kStages], static_cast<std::uint32_t>(c / kStages & 1));
+      ptx::fence_proxy_async_shared();
     };
     const auto begin_products = [&](float(&d)[kColumns / 2], std::int32_t row_block, std::int32_t u) {
       const ptx::SmemDescriptor means = mean_descriptor.advanced((count + u) % kStages * Shape::kStageBytes).uniform();
-      const ptx::SmemDescriptor rows = q_descriptor.advanced(row_block * kBlockRows * ptx::kSwizzleRowBytes);
+      const ptx::SmemDescriptor rows = q_descriptor.advanced(row_block * kBlockRows * ptx::kSwizzleRowBytes).uniform();
       ptx::pin_registers(d);
       ptx::wgmma_fence();
 #pragma unroll
@@ -335,12 +325,10 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
 #pragma unroll
       for (std::int32_t h = 0; h < 2; ++h) {
         rows.sum[h] += sum[h];
-        const std::int32_t row = row_block * kBlockRows + 8 * h;  // and first_row
-        const std::uint16_t* to = lane_weights + row * weight_row + u * kStagePages;
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pages[h][0]), "r"(pages[h][1]),
-                     "r"(pages[h][2]), "r"(pages[h][3])
-                     : "memory");
-        if (lane % 4 == 0) lane_shifts[row * args.max_stages + u] = rows.shift[h];
+        const std::int32_t row = row_block * kBlockRows + first_row + 8 * h;
+        *reinterpret_cast<uint4*>(weights + row * weight_row + u * kStagePages + lane % 4 * 8) =
+            uint4{pages[h][0], pages[h][1], pages[h][2], pages[h][3]};
+        if (lane % 4 == 0) shifts[row * args.max_stages + u] = rows.shift[h];
       }
     };
 
@@ -388,38 +376,29 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
       float sum[8] = {}, peak[8] = {};
       const std::uint16_t* from = weights + page;
       const float* shift = shifts + page / kStagePages;
-      uint4 eight[2][kBatchRows];  // a batch of rows at work, the next on its way
-      float factor[2][kBatchRows];
-      const auto read = [&](std::int32_t batch, std::int32_t first_of_batch) {
-#pragma unroll
-        for (std::int32_t i = 0; i < kBatchRows; ++i) {  // rows that do not exist weigh nothing
-          const std::int32_t row = min(first_of_batch + i, kTileRows - 1);
-          eight[batch][i] = *reinterpret_cast<const uint4*>(from + row * weight_row);
-          factor[batch][i] = shift[row * args.max_stages];
-        }
-      };
-      const auto join = [&](std::int32_t batch, std::int32_t first_of_batch) {
+#pragma unroll 1
+      for (std::int32_t first_of_batch = 0; first_of_batch < num_rows; first_of_batch += kBatchRows) {
+        uint4 eight[kBatchRows];  // on their way at once
+        float factor[kBatchRows];
 #pragma unroll
         for (std::int32_t i = 0; i < kBatchRows; ++i) {
-          const float f = ptx::fast_exp2(factor[batch][i] - shared.row_sums[tile_idx][first_of_batch + i]);
-          const std::uint32_t pairs[4] = {eight[batch][i].x, eight[batch][i].y, eight[batch][i].z, eight[batch][i].w};
+          const std::int32_t row = first_of_batch + i;  // rows that do not exist are there, as zeros
+          eight[i] = *reinterpret_cast<const uint4*>(from + row * weight_row);
+          factor[i] = shift[row * args.max_stages];
+        }
+#pragma unroll
+        for (std::int32_t i = 0; i < kBatchRows; ++i) {
+          factor[i] = ptx::fast_exp2(factor[i] - shared.row_sums[tile_idx][first_of_batch + i]);
+          const std::uint32_t pairs[4] = {eight[i].x, eight[i].y, eight[i].z, eight[i].w};
 #pragma unroll
           for (std::int32_t k = 0; k < 4; ++k) {
             const float2 both = half_floats(pairs[k]);
-            sum[2 * k] = fmaf(both.x, f, sum[2 * k]);
-            sum[2 * k + 1] = fmaf(both.y, f, sum[2 * k + 1]);
-            peak[2 * k] = fmaxf(peak[2 * k], both.x * f);
-            peak[2 * k + 1] = fmaxf(peak[2 * k + 1], both.y * f);
+            sum[2 * k] = fmaf(both.x, factor[i], sum[2 * k]);
+            sum[2 * k + 1] = fmaf(both.y, factor[i], sum[2 * k + 1]);
+            peak[2 * k] = fmaxf(peak[2 * k], both.x * factor[i]);
+            peak[2 * k + 1] = fmaxf(peak[2 * k + 1], both.y * factor[i]);
           }
         }
-      };
-      read(0, 0);
-#pragma unroll 1
-      for (std::int32_t row = 0; row < kTileRows; row += 2 * kBatchRows) {
-        read(1, row + kBatchRows);
-        join(0, row);
-        read(0, row + 2 * kBatchRows);
-        join(1, row + kBatchRows);
       }
 #pragma unroll
       for (std::int32_t i = 0; i < 8; ++i) {
