@@ -118,25 +118,63 @@ def task_accuracy_table(figures: dict) -> str:
                       f"(configuration {figures['digest']})."])
 
 
-def compare_table(figures: dict) -> str:
-    """Selectors at equal density: accuracy, and the mass that they keep beside the oracle's."""
-    name = lambda row: row["selector"].split(":")[0]
-    wanted = sorted({row["target"] for row in figures["rows"] if row["target"]})
-    rows = {}
-    for row in figures["rows"]:
-        rows.setdefault(name(row), {})[row["target"]] = row
-    hardest = figures["tasks"][-1]
-    lines = ["| selector | " + " | ".join(f"at density {target:g}" for target in wanted) + " |", "|---|" + "---|" * len(wanted)]
-    for selector, of in sorted(rows.items(), key=lambda item: -next(iter(item[1].values()))["accuracy"]):
-        if selector == "dense":
-            continue
-        cells = [f"{row['accuracy']:.0f}, {row['tasks'][hardest]:.0f} ({row['density']:.2f}, x{row['union_inflation']:.2f}; "
-                 + ("-)" if selector == "static" else f"{row['vs_oracle']:.2f})") for row in (of[target] for target in wanted)]
-        lines.append(f"| {selector} | " + " | ".join(cells) + " |")
-    dense = rows["dense"][0.0]
-    return "\n".join([*lines, "", f"`assets/eval`, {dense['tokens']:,} tokens: percent of answers right, mean of {', '.join(figures['tasks'])}, and of {hardest} alone (dense: "
-                      f"{dense['accuracy']:.0f}, {dense['tasks'][hardest]:.0f}; {dense['samples']} samples). In brackets the density after the union that was read, the union's inflation, and the "
-                      "attention mass of the chosen pages over that of as many best ones. All selectors by the same chunks, pages, forced pages and union.", "", elsewhere(figures)])
+def selector_label(selector: str) -> str:
+    return selector.split(":")[0] + (", calibrated" if ":calibration=" in selector else "")
+
+
+def compare_table(figures: list, images: str, least_density_only: bool = False) -> str:
+    """Selectors at equal density: a block of lines for each length, the best first."""
+    hardest = "niah_multikey_2"  # a text of nothing but keys and values: a page missed is an answer lost
+    lines = ["| tokens | wanted | selector | RULER | " + hardest + " | density | inflation | recall | chosen / oracle | step ms | of it select | state B/token |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for one in figures:
+        least = min(row["target"] for row in one["rows"] if row["target"])
+        for row in sorted((row for row in one["rows"] if row["target"] <= least or not least_density_only), key=lambda row: (row["target"], -row["accuracy"], row["step_seconds"])):
+            mass = "" if row["selector"].split(":")[0] in ("dense", "static") else f"{row['vs_oracle']:.2f}"
+            lines.append(f"| {row['tokens']:,} | {row['target'] or ''} | {selector_label(row['selector'])} | {row['accuracy']:.0f} ({row['samples']}) | {row['tasks'][hardest]:.0f} | "
+                         f"{row['density']:.3f} | {row['union_inflation']:.2f} | {row['recall']:.3f} | {mass} | {1e3 * row['step_seconds']:.2f} | "
+                         f"{1e3 * row['select_seconds']:.2f} | {row['state_bytes_per_token']:.0f} |")
+    tasks = {f"{one['rows'][0]['tokens']:,}": ", ".join(one["tasks"]) for one in figures}
+    return "\n".join([*lines, "", "`assets/eval`. RULER: percent of answers right, mean of " + "; of ".join(f"{names} at {length}" for length, names in tasks.items()) +
+                      " (samples). Density after the union, held equal by fitting each selector's one number on other prompts (`calibrated`: budgets per layer and head, nothing "
+                      "fitted; at 65,536 tokens those of 32,768). Recall: attention mass that the lists read on the fitting prompts; chosen / oracle: mass of the chosen pages over that of "
+                      "as many best ones. Step: select, unite and attend of a chunk and layer, one process alone on the GPU. All selectors by the same chunks, pages, forced pages and union.",
+                      "", f"![Accuracy against the time of a step]({images}/compare_eval.svg)", "", *[elsewhere(one) + "\n" for one in figures]]).rstrip()
+
+
+def compare_picture(figures: list) -> str:
+    """Accuracy against the time of a step, a panel for each length: every point a selector at one density."""
+    colors = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b"]
+    width, height, left, top, gap = 300, 220, 50, 74, 46
+    # Without the oracle, far to the right: exact masses cost more than dense attention.
+    labels = list(dict.fromkeys(selector_label(row["selector"]) for one in figures for row in one["rows"] if row["target"] and row["selector"].split(":")[0] != "oracle"))
+    color = {"dense": "#22303c"} | {label: colors[i % len(colors)] for i, label in enumerate(labels)}
+    text = lambda x, y, size, what, anchor="start": f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{what}</text>'
+    line = lambda x1, y1, x2, y2, stroke: f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}"/>'
+    parts = [text(left, 24, 15, "Accuracy against the time of a step")]
+    for i, label in enumerate(color):
+        x, y = left + 125 * (i % 8), 42
+        parts += [f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{color[label]}"/>', text(x + 14, y, 11, label)]
+    for panel, one in enumerate(figures):
+        x0 = left + panel * (width + gap)
+        most = 1.08 * max(1e3 * row["step_seconds"] for row in one["rows"] if not row["selector"].startswith("oracle"))
+        place = lambda row: (x0 + width * 1e3 * row["step_seconds"] / most, top + height * (1 - row["accuracy"] / 105))
+        parts += [text(x0, top - 10, 12, f"{one['rows'][0]['tokens']:,} tokens"), text(x0 + width, top - 10, 11, "RULER, mean of tasks, %", "end"),
+                  text(x0 + width / 2, top + height + 32, 11, "select, unite, attend; ms per chunk and layer", "middle"),
+                  line(x0, top, x0, top + height, "#9aa5b1"), line(x0, top + height, x0 + width, top + height, "#9aa5b1")]
+        for percent in (0, 25, 50, 75, 100):
+            y = top + height * (1 - percent / 105)
+            parts += [line(x0, y, x0 + width, y, "#eef1f4"), text(x0 - 6, y + 4, 10, percent, "end")]
+        step = 0.05 if most < 0.3 else 0.1
+        for tick in range(int(most / step) + 1):
+            parts.append(text(x0 + width * tick * step / most, top + height + 15, 10, f"{tick * step:g}", "middle"))
+        for label in color:
+            points = sorted(place(row) for row in one["rows"] if selector_label(row["selector"]) == label)
+            parts += [line(*a, *b, color[label]) for a, b in zip(points, points[1:])]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{color[label]}"><title>{label}</title></circle>' for x, y in points]
+    total = left + len(figures) * (width + gap)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{top + height + 44}" viewBox="0 0 {total} {top + height + 44}" font-family="sans-serif" fill="#22303c">\n'
+            '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
 def selector_seconds_table(figures: dict) -> str:
@@ -146,19 +184,6 @@ def selector_seconds_table(figures: dict) -> str:
               f"{dense['attention_seconds'] / row['attention_seconds']:.2f}x |" for row in figures["rows"]]
     return "\n".join([*lines, "", f"What that costs: selection, union and attention of the whole prefill of {dense['tokens']:,} tokens on two CPU cores, budgets fitted to density "
                       f"0.2 ({dense['samples']} prompts of {dense['task']}).", "", elsewhere(figures)])
-
-
-def selectors_table(figures: dict) -> str:
-    tasks = list(dict.fromkeys(row["task"] for row in figures["rows"]))
-    rows = {}
-    for row in figures["rows"]:
-        rows.setdefault(row["selector"], {})[row["task"]] = row
-    lines = ["| selector | density | inflation | " + " | ".join(tasks) + " |", "|---|---|---|" + "---|" * len(tasks)]
-    for selector, of in rows.items():
-        first = of[tasks[0]]
-        lines.append(f"| {selector} | {first['density']:.3f} | {first['union_inflation']:.2f} | "
-                     + " | ".join(f"{of[task]['accuracy']:.0f} ({of[task]['samples']})" for task in tasks) + " |")
-    return "\n".join([*lines, "", f"`assets/eval`, {figures['rows'][0]['tokens']:,} tokens, percent right (samples), budgets before the union.", "", elsewhere(figures)])
 
 
 def attention_table(figures: dict) -> str:
@@ -370,18 +395,15 @@ def tables() -> None:
                      "`compact eval ruler -m assets/demo --backend cuda --selector dense,mean-key` with the table's tasks, lengths and samples, in shards "
                      "(`--shard`), joined by `compact eval merge --json FILE`. Times in these files are of machines that did other work and stand in no "
                      "table.", ""]
-    compare, selectors = load("compare_eval_8k"), load("selectors_eval_32k")
-    if compare:
-        replace_block(ROOT / "README.md", "selectors", compare_table(compare))
-        recorded += ["## Selectors at equal density, `compare_eval_8k.json`", "", compare_table(compare), "",
-                     "![Accuracy of selectors against density](../docs/images/compare_eval_8k.svg)", "",
-                     "In the right half of the picture the step is that of `--backend cuda` with selection on the CPU (all but dense and mean-key's default rule), "
-                     "so it compares what selectors cost there with each other, not with dense.", ""]
+    compare = [load(f"compare_eval_{length}") for length in ("8k", "32k", "64k")]
+    if all(compare):
+        (ROOT / "docs" / "images" / "compare_eval.svg").write_text(compare_picture(compare))
+        replace_block(ROOT / "README.md", "selectors", compare_table(compare, "docs/images", least_density_only=True))
+        recorded += ["## Selectors at equal density, `compare_eval_8k.json`, `compare_eval_32k.json`, `compare_eval_64k.json`", "",
+                     compare_table(compare, "../docs/images"), ""]
     seconds = load("selectors_eval_8k_cpu")
     if seconds:
         recorded += ["## Selectors at equal density: time, `selectors_eval_8k_cpu.json`", "", selector_seconds_table(seconds), ""]
-    if selectors:
-        recorded += ["## Selectors at 32K, `selectors_eval_32k.json`", "", selectors_table(selectors), ""]
     attention_gpu = load("attention_gpu")
     if attention_gpu:
         replace_block(ROOT / "README.md", "gpu", attention_gpu_table(attention_gpu, only="L131072"))

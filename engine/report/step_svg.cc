@@ -91,7 +91,7 @@ std::string step_svg(const std::string& title, const std::vector<StepPoint>& poi
   const bool draws_context = by_context.size() > 1;
   const int columns = std::max(1, draws_density + draws_context);
   std::string svg = svg_begin(kLeft + columns * (kSvgPanelWidth + kGap) - kGap + 30, kTop + kSvgPanelHeight + 46);
-  svg += svg_text(kLeft, 26, 15, title);
+  svg += svg_text(kLeft, 26, 13, title);
   double x = kLeft;
   for (std::size_t i = 1; !points.empty() && i < points.front().rows.size(); ++i) {
     svg += svg_rect(x, 37, 10, 10, svg_color(i - 1)) + svg_text(x + 15, 46, 11, points.front().rows[i].name);
