@@ -160,13 +160,14 @@ CA_HOST_DEVICE void cut_chunk(Team& team, const ChooseArgs& args, std::int32_t b
   const std::uint64_t target = wanted > sums[1] ? wanted - sums[1] : 0;
   const PageCut cut = find_cut(team, target, [&](auto item) {
     for (std::int32_t r = team.warp(); r < num_rows; r += team.num_warps()) {  // a warp reads of one row together
-      if (args.rows.nonfinite[row_of(r)] > 0) continue;
+      const std::int32_t nonfinite = args.rows.nonfinite[row_of(r)];           // on its way together with the block
       const QueryBlock block = block_of(r);
+      if (nonfinite > 0) continue;
       const ChosenRow row = row_at(args, chunk, block, row_of(r));
       const ForcedRanges forced = forced_of(args, row, past_pages);
       const std::uint64_t weight =
           static_cast<std::uint64_t>(block.tokens) * static_cast<std::uint64_t>(args.heads_per_row);
-      constexpr std::int32_t kAhead = 4;  // reads on their way at once
+      constexpr std::int32_t kAhead = 16;  // reads on their way at once
       CA_DEVICE_NO_UNROLL
       for (std::int32_t first = team.lane(); first < past_pages; first += kAhead * team.lanes()) {
         std::uint32_t keys[kAhead];

@@ -72,10 +72,9 @@ __device__ __forceinline__ double warp_sum(double x) {
 template <ptx::MmaType kType>
 __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __grid_constant__ QuokaArgs args) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  const std::int32_t tile_bytes = kMaxTokens * args.head_dim * 2;                     // [tokens, D]
-  auto* scales = reinterpret_cast<double*>(shared_memory + tile_bytes);               // [G, picked]
+  auto* scales = reinterpret_cast<double*>(shared_memory);                            // [G, picked]
   auto* tokens = reinterpret_cast<std::int32_t*>(scales + args.group * args.picked);  // [G, picked]
-  __shared__ double parts[2 * kPickThreads], cosines[kMaxTokens], squares[kMaxTokens];
+  __shared__ double mean[256], cosines[kMaxTokens], squares[kMaxTokens];
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.num_kv_heads;
@@ -90,53 +89,28 @@ __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __gri
     return args.q + (block.q_begin + t) * args.q_token_stride + (kv_head * args.group + h) * args.q_head_stride;
   };
 
-  const std::int32_t pieces = args.head_dim / 8;
-  const auto load = [&](std::int32_t h) {  // the block's rows of a head
-    for (std::int32_t i = thread; i < block.tokens * pieces; i += kPickThreads) {
-      ptx::cp_async_16(ptx::shared_address(shared_memory) + static_cast<std::uint32_t>(i * 16),
-                       row(i / pieces, h) + i % pieces * 8, true);
-    }
-    ptx::cp_async_commit();
-  };
-  const std::int32_t pairs = args.head_dim / 2;
-  const auto pair_at = [&](std::int32_t t, std::int32_t pair) {
-    return ptx::unpack_pair<kType>(reinterpret_cast<const std::uint32_t*>(shared_memory)[t * pairs + pair]);
-  };
-  const std::int32_t pair = thread % pairs, shares = kPickThreads / pairs;
-
   std::int32_t bad_rows = 0;
-  load(0);
 #pragma unroll 1
   for (std::int32_t h = 0; h < args.group; ++h) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
     // The length of the mean scales all cosines alike: a sum will do.
-    double low = 0, high = 0;
+    for (std::int32_t d = 2 * thread; d < args.head_dim; d += 2 * kPickThreads) {
+      double low = 0, high = 0;
 #pragma unroll 4
-    for (std::int32_t t = thread / pairs; t < block.tokens; t += shares) {
-      const float2 x = pair_at(t, pair);
-      low += double{x.x};
-      high += double{x.y};
-    }
-    parts[2 * thread] = low;
-    parts[2 * thread + 1] = high;
-    __syncthreads();
-    if (thread < pairs) {
-      for (std::int32_t share = 1; share < shares; ++share) {
-        low += parts[2 * (thread + share * pairs)];
-        high += parts[2 * (thread + share * pairs) + 1];
+      for (std::int32_t t = 0; t < block.tokens; ++t) {
+        const float2 x = ptx::unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(row(t, h) + d));
+        low += double{x.x};
+        high += double{x.y};
       }
-      parts[2 * thread] = low;
-      parts[2 * thread + 1] = high;
+      mean[d] = low;
+      mean[d + 1] = high;
     }
     __syncthreads();
-#pragma unroll 2
     for (std::int32_t t = warp; t < block.tokens; t += kPickThreads / 32) {
       double square = 0, dot = 0;
-      for (std::int32_t d = lane; d < pairs; d += 32) {
-        const float2 x = pair_at(t, d);
+      for (std::int32_t d = 2 * lane; d < args.head_dim; d += 64) {
+        const float2 x = ptx::unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(row(t, h) + d));
         square += double{x.x} * double{x.x} + double{x.y} * double{x.y};
-        dot += double{x.x} * parts[2 * d] + double{x.y} * parts[2 * d + 1];
+        dot += double{x.x} * mean[d] + double{x.y} * mean[d + 1];
       }
       square = warp_sum(square);
       dot = warp_sum(dot);
@@ -146,7 +120,6 @@ __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __gri
       }
     }
     __syncthreads();
-    if (h + 1 < args.group) load(h + 1);
     const bool has_token = thread < block.tokens;
     const double square = has_token ? squares[thread] : 0.0;
     const double inverse_norm = inverse_root(fmax(square, double{kLeastNorm} * double{kLeastNorm}));
@@ -167,6 +140,7 @@ __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __gri
 
   const std::int64_t score_row = std::int64_t{kv_head} * args.rows.max_blocks + block_idx;
   if (thread == 0) args.rows.nonfinite[score_row] = bad_rows;
+  const std::int32_t pairs = args.head_dim / 2;
   auto* out = reinterpret_cast<std::uint32_t*>(args.queries + score_row * args.block_rows * args.head_dim);
   for (std::int32_t i = thread; i < args.block_rows * pairs; i += kPickThreads) {
     const std::int32_t n = i / pairs < count ? i / pairs : 0;
@@ -400,7 +374,7 @@ cudaError_t launch_quoka_scores(const ScoreArgs& args, const ScoreRows& rows, co
 
   const auto pick =
       args.kv.dtype == DType::kF16 ? quoka_pick_kernel<ptx::MmaType::kF16> : quoka_pick_kernel<ptx::MmaType::kBf16>;
-  const std::int32_t pick_bytes = kMaxTokens * args.head_dim * 2 + quoka.group * quoka.picked * 12;
+  const std::int32_t pick_bytes = quoka.group * quoka.picked * 12;
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(pick),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, pick_bytes);
   if (error != cudaSuccess) return error;
