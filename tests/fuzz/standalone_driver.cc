@@ -210,7 +210,7 @@ class Mutator {
     if (begin == input.end()) begin = std::find_if(input.begin(), input.end(), is_digit);
     auto end = std::find_if_not(begin, input.end(), is_digit);
     std::string digits = std::to_string(below(2) ? interesting() : below(64));
-    if (below(8) == 0) digits.insert(0, "-");
+    if (below(8) == 0) digits.insert(digits.begin(), '-');
     if (below(8) == 0) digits += "e5";
     input.insert(input.erase(begin, end), digits.begin(), digits.end());
   }
