@@ -419,6 +419,8 @@ def tables() -> None:
         recorded += ["## The step on one GPU, `step_gpu.json`", "", step_gpu_table(step_gpu), ""]
     step_gpu_compare = load("step_gpu_compare")
     if step_gpu_compare:
+        of_readme = step_gpu_compare | {"rows": [row for row in step_gpu_compare["rows"] if "L131072" in row["shape"]]}
+        replace_block(ROOT / "README.md", "step", step_gpu_compare_table(of_readme))
         recorded += ["## The step on one GPU beside peers, `step_gpu_compare.json`", "", step_gpu_compare_table(step_gpu_compare), ""]
     select_gpu, step_gpu_density = load("select_gpu"), load("step_gpu_density")
     if select_gpu:
