@@ -19,22 +19,12 @@ import dataclasses
 
 import torch
 
+import c_structs
 import gpu_compare
 from gpu_compare import DEVICE, LARGEST_ERROR, SETS, compare, sm_clock_mhz
 
 
-class Attention(ctypes.Structure):  # ca_attention, include/compact/compact.h
-    _fields_ = (
-        [("struct_size", ctypes.c_uint32), ("kv_dtype", ctypes.c_int32), ("q", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("q_token_stride", "q_head_stride")]
-        + [("o", ctypes.c_void_p)]
-        + [(name, ctypes.c_int64) for name in ("o_token_stride", "o_head_stride")]
-        + [(name, ctypes.c_void_p) for name in ("lse", "k", "v")]
-        + [(name, ctypes.c_int64) for name in ("kv_page_stride", "kv_head_stride", "kv_token_stride")]
-        + [(name, ctypes.c_void_p) for name in ("units", "page_ids")]
-        + [(name, ctypes.c_int32) for name in ("num_q_tokens", "num_q_heads", "num_kv_heads", "head_dim", "page_tokens",
-                                               "num_pages", "num_units", "num_page_ids", "heads_per_unit")]
-        + [("softmax_scale", ctypes.c_float)])
+Attention = c_structs.structure("ca_attention")
 
 
 class Library(gpu_compare.Library):
@@ -139,7 +129,7 @@ def ours(case: Case, library: Library):
     calls = []
     for i in range(SETS):
         calls.append(Attention(
-            struct_size=ctypes.sizeof(Attention), kv_dtype=1, q=case.q[i].data_ptr(), q_token_stride=s.q_heads * s.dim,
+            kv_dtype=1, q=case.q[i].data_ptr(), q_token_stride=s.q_heads * s.dim,
             q_head_stride=s.dim, o=o.data_ptr(), o_token_stride=s.q_heads * s.dim, o_head_stride=s.dim, lse=None,
             k=case.k[i].data_ptr(), v=case.v[i].data_ptr(), kv_page_stride=s.page * s.kv_heads * s.dim,
             kv_head_stride=s.dim, kv_token_stride=s.kv_heads * s.dim, units=units.data_ptr(), page_ids=ids.data_ptr(),

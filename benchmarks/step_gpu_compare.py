@@ -27,6 +27,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+import c_structs
 import gpu_compare
 from gpu_compare import DEVICE, LARGEST_ERROR, SETS, compare, sm_clock_mhz
 
@@ -36,21 +37,7 @@ UNION_PAPER, UNION_ADAPTIVE = 0, 3  # CA_UNION_...
 TOPICS_ASKED = 3
 
 
-class Step(ctypes.Structure):  # ca_step, include/compact/compact.h
-    _fields_ = (
-        [("struct_size", ctypes.c_uint32), ("dtype", ctypes.c_int32)]
-        + [(name, ctypes.c_void_p) for name in ("chunks", "page_tables", "mean_tokens")]
-        + [("page_table_stride", ctypes.c_int64)]
-        + [(name, ctypes.c_int32) for name in (
-            "num_table_rows", "num_chunks", "num_q_tokens", "max_context_tokens", "num_q_heads", "num_kv_heads", "head_dim",
-            "page_tokens", "num_pages", "sink_tokens", "window_tokens", "union_mode", "heads_per_unit", "span_tokens",
-            "crosses_over", "min_context_tokens", "margin_1024ths", "dense")]
-        + [("q", ctypes.c_void_p), ("q_token_stride", ctypes.c_int64), ("q_head_stride", ctypes.c_int64)]
-        + [("o", ctypes.c_void_p), ("o_token_stride", ctypes.c_int64), ("o_head_stride", ctypes.c_int64)]
-        + [(name, ctypes.c_void_p) for name in ("lse", "k", "v")]
-        + [(name, ctypes.c_int64) for name in ("kv_page_stride", "kv_head_stride", "kv_token_stride")]
-        + [(name, ctypes.c_void_p) for name in ("mean_k", "stats", "dense_reasons", "nonfinite_rows")]
-        + [(name, ctypes.c_float) for name in ("softmax_scale", "share", "lift")] + [("backend", ctypes.c_int32)])
+Step = c_structs.structure("ca_step")
 
 
 class Library(gpu_compare.Library):
@@ -159,7 +146,7 @@ class Ours:
     def step(self, q, k, v, means, union_mode: int, dense: bool) -> Step:
         s = self.case.shape
         return Step(
-            struct_size=ctypes.sizeof(Step), dtype=1, chunks=self.chunks.data_ptr(), page_tables=self.tables.data_ptr(),
+            dtype=1, chunks=self.chunks.data_ptr(), page_tables=self.tables.data_ptr(),
             mean_tokens=None, page_table_stride=self.tables.stride(0), num_table_rows=s.requests, num_chunks=s.requests,
             num_q_tokens=q.shape[0], max_context_tokens=s.context, num_q_heads=s.q_heads, num_kv_heads=s.kv_heads,
             head_dim=s.dim, page_tokens=s.page, num_pages=k.shape[0], sink_tokens=SINK_TOKENS, window_tokens=WINDOW_TOKENS,
