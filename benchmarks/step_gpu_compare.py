@@ -66,10 +66,14 @@ class Library(gpu_compare.Library):
 
     def plan(self, step: Step, workspace: torch.Tensor) -> None:
         error = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        self.check(self.lib.ca_step_plan_cuda(ctypes.byref(step), ctypes.c_void_p(error.data_ptr()),
-                                              ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(workspace.numel()), self.stream()))
+        self.plan_async(step, error, workspace)
         if error.item() != 0:
             raise RuntimeError(self.lib.ca_step_device_error_text(error.item()).decode())
+
+    def plan_async(self, step: Step, error: torch.Tensor, workspace: torch.Tensor) -> None:
+        """error: int32 [1], set on the device."""
+        self.check(self.lib.ca_step_plan_cuda(ctypes.byref(step), ctypes.c_void_p(error.data_ptr()),
+                                              ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(workspace.numel()), self.stream()))
 
     def run(self, step: Step, workspace: torch.Tensor) -> None:
         self.check(self.lib.ca_step_run_cuda(ctypes.byref(step), ctypes.c_void_p(workspace.data_ptr()),
