@@ -1,5 +1,7 @@
 #include "engine/bench/prefill.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <memory>
 #include <random>
@@ -13,35 +15,40 @@ namespace compact::engine {
 
 namespace {
 
-// One request by the session that answers run on; the CPU has nothing else.
-Result<std::vector<LayerReport>> prefill_one(const Model& model, std::span<const std::int32_t> prompt,
-                                             const SessionOptions& options, PrefillTimes& times, ThreadPool& pool) {
-  CA_ASSIGN_OR_RETURN(Session session, Session::create(model, std::ssize(prompt), 0, options));
-  const Stopwatch stopwatch;
-  CA_RETURN_IF_ERROR(session.prefill(prompt, LogitsOf::kLastToken, {}, pool));
-  times.ttft_seconds = stopwatch.seconds();
-  times.peak_bytes = cuda_memory_use().peak_bytes;
-  return session.sequence().take_reports();
-}
-
 Result<std::vector<LayerReport>> prefill_together(const Model& model,
                                                   std::span<const std::vector<std::int32_t>> prompts,
                                                   const SessionOptions& options, PrefillTimes& times,
                                                   ThreadPool& pool) {
   const std::size_t length = prompts.front().size();  // of every prompt
-  CA_ASSIGN_OR_RETURN(const SequenceOptions of_sequence,
-                      sequence_options(model.config(), static_cast<std::int64_t>(length), 0, options));
-  CA_ASSIGN_OR_RETURN(const std::unique_ptr<Batch> batch,
-                      model.start_batch(static_cast<std::int32_t>(prompts.size()), of_sequence));
+  const auto num_requests = static_cast<std::int32_t>(prompts.size());
+  CA_ASSIGN_OR_RETURN(BatchOptions of_batch,
+                      batch_options(model.config(), static_cast<std::int64_t>(length), 0, options));
+  // Of one request so far.
+  constexpr std::int32_t kMost = INT32_MAX / 2;
+  if (num_requests > kMost / std::max(of_batch.num_pages, of_batch.max_step_tokens)) {
+    return invalid_argument(fmt::format("{} requests of {} pages and chunks of {} tokens\n  allowed: {} of each in all",
+                                        num_requests, of_batch.num_pages, of_batch.max_step_tokens, kMost));
+  }
+  of_batch.max_requests = num_requests;
+  of_batch.max_request_pages = of_batch.num_pages;
+  of_batch.num_pages *= num_requests;
+  of_batch.max_step_tokens *= num_requests;
+  CA_ASSIGN_OR_RETURN(const std::unique_ptr<Batch> batch, model.start(of_batch));
+  std::vector<BatchPart> parts(prompts.size());
+  for (BatchPart& part : parts) {
+    CA_ASSIGN_OR_RETURN(part.request, batch->add_request({}));
+  }
   std::vector<float> logits;
   const Stopwatch stopwatch;
   for (std::size_t begin = 0; begin < length;) {
     const std::size_t chunk = std::min(length - begin, static_cast<std::size_t>(options.chunk_tokens));
     const bool is_last = begin + chunk == length;
-    std::vector<std::span<const std::int32_t>> tokens;
-    for (const std::vector<std::int32_t>& prompt : prompts) tokens.push_back(std::span(prompt).subspan(begin, chunk));
-    CA_RETURN_IF_ERROR(batch->forward(tokens, is_last && options.final_chunk_dense,
-                                      is_last ? LogitsOf::kLastToken : LogitsOf::kNone, pool, logits));
+    for (std::size_t b = 0; b < parts.size(); ++b) {
+      parts[b].tokens = std::span(prompts[b]).subspan(begin, chunk);
+      parts[b].dense = is_last && options.final_chunk_dense;
+      parts[b].logits = is_last ? LogitsOf::kLastToken : LogitsOf::kNone;
+    }
+    CA_RETURN_IF_ERROR(batch->forward(parts, pool, logits));
     begin += chunk;
   }
   times.ttft_seconds = stopwatch.seconds();
@@ -63,9 +70,7 @@ Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t requests, st
   }
   reset_cuda_memory_peak();
   PrefillTimes times;
-  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers,
-                      prompts.size() == 1 ? prefill_one(model, prompts.front(), options, times, pool)
-                                          : prefill_together(model, prompts, options, times, pool));
+  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers, prefill_together(model, prompts, options, times, pool));
   for (const LayerReport& layer : layers) {
     times.append_seconds += layer.append_seconds;
     times.select_seconds += layer.select_seconds;

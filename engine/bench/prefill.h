@@ -24,7 +24,7 @@ struct PrefillTimes {
 };
 
 /// Prefills `requests` prompts of `context` random token ids each, together: every step computes a chunk of each.
-/// Errors: those of sequence_options, Model::start_batch and Batch.
+/// Errors: those of batch_options, Model::start and Batch.
 [[nodiscard]] Result<PrefillTimes> bench_prefill(const Model& model, std::int32_t requests, std::int32_t context,
                                                  const SessionOptions& options, ThreadPool& pool);
 

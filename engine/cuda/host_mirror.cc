@@ -19,7 +19,7 @@ void widen_row(const Bf16Bits* row, std::int64_t count, float* out) {
 
 }  // namespace
 
-Result<HostMirror> HostMirror::create(const ModelConfig& config, const SequenceOptions& options, SummaryFields needs) {
+Result<HostMirror> HostMirror::create(const ModelConfig& config, const BatchOptions& options, SummaryFields needs) {
   if (needs.gate_pool) {
     return unsupported(
         "the CUDA backend shows the CPU no queries and keys from before RoPE, which selector 'seer' reads there\n"
@@ -34,7 +34,7 @@ Result<HostMirror> HostMirror::create(const ModelConfig& config, const SequenceO
                                                                 DType::kBF16, KvLayout::kHnd, needs}));
   mirror.cache_ = std::make_unique<PagedKvCache>(std::move(cache));
   mirror.request_ = mirror.cache_->add_request();
-  const std::int64_t rows = options.max_chunk_tokens;
+  const std::int64_t rows = options.max_step_tokens;
   const std::int64_t page_rows = rows + 2 * options.page_tokens;
   CA_ASSIGN_OR_RETURN(mirror.copied_, PinnedBuffer::create(2 * std::int64_t{config.head_dim} *
                                                            (rows * config.num_attention_heads +
@@ -44,6 +44,11 @@ Result<HostMirror> HostMirror::create(const ModelConfig& config, const SequenceO
   mirror.k_.resize(elements(config.num_key_value_heads));
   mirror.v_.resize(elements(config.num_key_value_heads));
   return mirror;
+}
+
+void HostMirror::restart() {
+  [[maybe_unused]] const Status released = cache_->release(request_);  // it is there
+  request_ = cache_->add_request();
 }
 
 Status HostMirror::begin_chunk(std::int32_t start, std::int32_t rows) {

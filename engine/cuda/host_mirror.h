@@ -1,4 +1,4 @@
-/// What the CPU's selectors and measurements need of a sequence on the GPU: its cache once more, with the summaries
+/// What the CPU's selectors and measurements need of a request on the GPU: its cache once more, with the summaries
 /// that they read, and the queries of a layer. Every layer is copied as it is computed, so the host waits for the
 /// device.
 #pragma once
@@ -17,8 +17,11 @@ class HostMirror {
  public:
   HostMirror() = default;
   /// Errors: kUnsupported (records of keys before RoPE); those of PagedKvCache.
-  [[nodiscard]] static Result<HostMirror> create(const ModelConfig& config, const SequenceOptions& options,
+  [[nodiscard]] static Result<HostMirror> create(const ModelConfig& config, const BatchOptions& options,
                                                  SummaryFields needs);
+
+  /// Another request begins: what the last one had is forgotten.
+  void restart();
 
   /// Room for the next chunk. Errors: kUnsupported if earlier tokens were not copied.
   [[nodiscard]] Status begin_chunk(std::int32_t start, std::int32_t rows);

@@ -38,14 +38,11 @@ Status LayerLog::mark(std::int32_t layer, Moment moment, cudaStream_t stream) {
 void LayerLog::count(std::int32_t layer, DenseReason reason, const UnionStats* host_stats) {
   LayerReport& of_layer = report(layer);
   ++of_layer.chunks_by_reason[static_cast<std::size_t>(reason)];
-  if (host_stats != nullptr) {
-    of_layer.stats.add(*host_stats);
-  } else {
-    span(layer).device_stats = true;
-  }
+  if (host_stats != nullptr) of_layer.stats.add(*host_stats);
 }
 
-UnionStats* LayerLog::stats(std::int32_t layer) const noexcept {
+UnionStats* LayerLog::stats(std::int32_t layer, std::int32_t count) noexcept {
+  span(layer).device_stats = count;
   return stats_.as<UnionStats>() + (std::int64_t{slot_ - 1} * num_layers_ + layer) * stats_per_chunk_;
 }
 
@@ -75,8 +72,7 @@ Status LayerLog::read_back(const Stream& stream) {
                       "timing"));
       *seconds[moment] += static_cast<double>(ms) * 1e-3;
     }
-    if (!of_chunk.device_stats) continue;
-    for (std::int32_t s = 0; s < stats_per_chunk_; ++s) {
+    for (std::int32_t s = 0; s < of_chunk.device_stats; ++s) {
       of_layer.stats.add(sums[static_cast<std::size_t>(std::int64_t{i} * stats_per_chunk_ + s)]);
     }
   }

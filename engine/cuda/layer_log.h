@@ -1,4 +1,4 @@
-/// What the layers of a sequence did on the device, gathered without making the host wait: times by events, union sums
+/// What the layers of a batch did on the device, gathered without making the host wait: times by events, union sums
 /// in slots of device memory. Read back when asked for, or when the slots are full.
 #pragma once
 
@@ -27,8 +27,8 @@ class LayerLog {
   [[nodiscard]] Status mark(std::int32_t layer, Moment moment, cudaStream_t stream);
   /// host_stats: what the union did, if the host knows; null: the device writes it to stats().
   void count(std::int32_t layer, DenseReason reason, const UnionStats* host_stats);
-  /// Where the union of this chunk and layer writes its sums on the device: [stats_per_chunk].
-  [[nodiscard]] UnionStats* stats(std::int32_t layer) const noexcept;
+  /// Where the union of this chunk and layer writes its sums on the device: [count], at most stats_per_chunk.
+  [[nodiscard]] UnionStats* stats(std::int32_t layer, std::int32_t count) noexcept;
   /// [1] per layer; selections add to it.
   [[nodiscard]] std::uint64_t* nonfinite_rows(std::int32_t layer) const noexcept {
     return nonfinite_.as<std::uint64_t>() + layer;
@@ -43,7 +43,7 @@ class LayerLog {
   static constexpr std::int32_t kSlots = 64;  // chunks between two readings
   struct Span {
     std::array<std::int32_t, kMoments> event{-1, -1, -1, -1, -1};  // index into events_
-    bool device_stats = false;
+    std::int32_t device_stats = 0;                                 // sums that the device writes
   };
 
   [[nodiscard]] Status read_back(const Stream& stream);

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "compact/attention_cuda.h"
+#include "engine/cuda/batch.h"
 #include "engine/cuda/cuda_model.h"
 #include "engine/cuda/expert_kernels.h"
-#include "engine/cuda/sequence.h"
 #include "engine/loader/rope_frequencies.h"
 
 namespace compact::engine {
@@ -48,15 +48,8 @@ Result<std::unique_ptr<Model>> CudaTransformer::create(const ModelConfig& config
   return std::unique_ptr<Model>(std::move(model));
 }
 
-Result<std::unique_ptr<Sequence>> CudaTransformer::start(const SequenceOptions& options) const {
-  CA_ASSIGN_OR_RETURN(std::unique_ptr<CudaSequence> sequence, CudaSequence::create(*this, 1, options));
-  return std::unique_ptr<Sequence>(std::move(sequence));
-}
-
-Result<std::unique_ptr<Batch>> CudaTransformer::start_batch(std::int32_t num_requests,
-                                                            const SequenceOptions& options) const {
-  CA_ASSIGN_OR_RETURN(std::unique_ptr<CudaSequence> batch, CudaSequence::create(*this, num_requests, options));
-  return std::unique_ptr<Batch>(std::move(batch));
+Result<std::unique_ptr<Batch>> CudaTransformer::start(const BatchOptions& options) const {
+  return CudaBatch::create(*this, options);
 }
 
 namespace {

@@ -22,9 +22,7 @@ class CudaTransformer final : public Model {
   [[nodiscard]] std::int64_t weight_bytes() const noexcept override { return weights_.bytes(); }
   [[nodiscard]] Backend backend() const noexcept override { return Backend::kCuda; }
   [[nodiscard]] std::string processor() const override { return device_name_; }
-  [[nodiscard]] Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const override;
-  [[nodiscard]] Result<std::unique_ptr<Batch>> start_batch(std::int32_t num_requests,
-                                                           const SequenceOptions& options) const override;
+  [[nodiscard]] Result<std::unique_ptr<Batch>> start(const BatchOptions& options) const override;
 
   [[nodiscard]] const CudaWeights& weights() const noexcept { return weights_; }
   [[nodiscard]] Gemm& gemm() const noexcept { return *gemm_; }

@@ -166,7 +166,7 @@ Status prefill_with_meter(const CalibrationInput& input, LadderMeter& meter, Thr
   for (const RecallPrompt& prompt : input.prompts) {
     CA_ASSIGN_OR_RETURN(Session session,
                         Session::create(input.model, std::ssize(prompt.tokens), 0, dense, meter.summaries()));
-    CA_RETURN_IF_ERROR(session.sequence().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
+    CA_RETURN_IF_ERROR(session.batch().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
     CA_RETURN_IF_ERROR(session.prefill(prompt.tokens, LogitsOf::kNone, {}, pool));
     if (input.on_prompt) input.on_prompt(prompt);
   }

@@ -49,9 +49,9 @@ Result<PerplexityRecord> read_window(const PerplexityInput& input, std::span<con
   record.ttft_seconds = stopwatch.seconds();
   record.prompt_tokens = static_cast<std::int32_t>(tokens.size());
   record.selector = selector.label;
-  record.state_bytes_per_token = state_bytes_per_token(config, selector.options.kv_dtype, session.sequence().kv_bytes(),
-                                                       session.sequence().summary_bytes());
-  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers, session.sequence().take_reports());
+  record.state_bytes_per_token = state_bytes_per_token(config, selector.options.kv_dtype, session.batch().kv_bytes(),
+                                                       session.batch().summary_bytes());
+  CA_ASSIGN_OR_RETURN(const std::vector<LayerReport> layers, session.batch().take_reports());
   record.add(layers);
   return record;
 }

@@ -289,7 +289,7 @@ Result<std::vector<GroupRecall>> measure_recall(const Model& model, const std::v
     meter.enter(*group);
     CA_ASSIGN_OR_RETURN(Session session,
                         Session::create(model, std::ssize(prompt.tokens), 0, dense, meter.summaries()));
-    CA_RETURN_IF_ERROR(session.sequence().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
+    CA_RETURN_IF_ERROR(session.batch().observe([&meter](const AttentionStep& step) { return meter.step(step); }));
     CA_RETURN_IF_ERROR(session.prefill(prompt.tokens, LogitsOf::kNone, {}, pool));
     ++group->prompts;
     group->tokens += std::ssize(prompt.tokens);

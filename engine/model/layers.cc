@@ -17,18 +17,17 @@ void rms_norm(const float* x, const float* weight, float eps, std::int32_t rows,
   });
 }
 
-RopeTable make_rope_table(const std::vector<float>& inverse_frequencies, std::int32_t first_position,
-                          std::int32_t tokens) {
+RopeTable make_rope_table(const std::vector<float>& inverse_frequencies, std::span<const std::int32_t> positions) {
   RopeTable table;
   const std::size_t half_dim = inverse_frequencies.size();
   table.half_dim = static_cast<std::int32_t>(half_dim);
-  table.cosines.resize(static_cast<std::size_t>(tokens) * half_dim);
+  table.cosines.resize(positions.size() * half_dim);
   table.sines.resize(table.cosines.size());
-  for (std::int32_t token = 0; token < tokens; ++token) {
-    const auto position = static_cast<float>(first_position + token);
+  for (std::size_t token = 0; token < positions.size(); ++token) {
+    const auto position = static_cast<float>(positions[token]);
     for (std::size_t i = 0; i < half_dim; ++i) {
       const float angle = inverse_frequencies[i] * position;
-      const std::size_t at = static_cast<std::size_t>(token) * half_dim + i;
+      const std::size_t at = token * half_dim + i;
       // Range reduction of a large angle is exact in double.
       table.cosines[at] = static_cast<float>(std::cos(static_cast<double>(angle)));
       table.sines[at] = static_cast<float>(std::sin(static_cast<double>(angle)));

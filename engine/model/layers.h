@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "compact/tensor_view.h"
@@ -14,7 +15,7 @@ namespace compact::engine {
 void rms_norm(const float* x, const float* weight, float eps, std::int32_t rows, std::int32_t width, float* out,
               ThreadPool& pool);
 
-/// cos and sin of the positions of a chunk: [tokens, D/2] each.
+/// cos and sin of the positions of some tokens: [tokens, D/2] each.
 struct RopeTable {
   std::int32_t half_dim = 0;
   std::vector<float> cosines;
@@ -22,8 +23,8 @@ struct RopeTable {
 };
 
 /// Angle = inverse_frequency * position, rounded to fp32 as transformers does.
-[[nodiscard]] RopeTable make_rope_table(const std::vector<float>& inverse_frequencies, std::int32_t first_position,
-                                        std::int32_t tokens);
+[[nodiscard]] RopeTable make_rope_table(const std::vector<float>& inverse_frequencies,
+                                        std::span<const std::int32_t> positions);
 
 /// Rotates every head of every token in place; pairs are (d, d + D/2), as in Hugging Face checkpoints.
 void apply_rope(const RopeTable& table, MutableRows rows, ThreadPool& pool);

@@ -57,27 +57,33 @@ void widen_to_f32(const TensorRef& tensor, std::int64_t first_element, std::int6
 }
 
 // Scratch holds a panel as fp32: [kPanelRows, in].
-void Linear::apply_panel(std::int32_t panel, const float* x, std::int32_t rows, float* y, bool accumulate,
-                         std::vector<float>& scratch) const {
+void Linear::apply_panel(std::int32_t panel, const float* x, std::span<const std::int32_t> part_rows, float* y,
+                         bool accumulate, std::vector<float>& scratch) const {
   const std::int32_t first = panel * kPanelRows;
   const std::int32_t panel_rows = std::min(kPanelRows, out_features_ - first);
   const float beta = accumulate ? 1.0F : 0.0F;
   scratch.resize(static_cast<std::size_t>(kPanelRows) * static_cast<std::size_t>(in_features_));
   widen_to_f32(weight_, std::int64_t{first} * in_features_, std::int64_t{panel_rows} * in_features_, scratch.data());
-  if (rows == 1) {
-    cblas_sgemv(CblasRowMajor, CblasNoTrans, panel_rows, in_features_, 1.0F, scratch.data(), in_features_, x, 1, beta,
-                y + first, 1);
-  } else {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, panel_rows, in_features_, 1.0F, x, in_features_,
-                scratch.data(), in_features_, beta, y + first, out_features_);
+  for (const std::int32_t rows : part_rows) {
+    if (rows == 1) {
+      cblas_sgemv(CblasRowMajor, CblasNoTrans, panel_rows, in_features_, 1.0F, scratch.data(), in_features_, x, 1, beta,
+                  y + first, 1);
+    } else {
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, panel_rows, in_features_, 1.0F, x, in_features_,
+                  scratch.data(), in_features_, beta, y + first, out_features_);
+    }
+    x += std::int64_t{rows} * in_features_;
+    y += std::int64_t{rows} * out_features_;
   }
 }
 
-void Linear::apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const {
+void Linear::apply_parts(const float* x, std::span<const std::int32_t> part_rows, float* y, bool accumulate,
+                         ThreadPool& pool) const {
   use_blas_without_threads();
   std::vector<std::vector<float>> scratch(static_cast<std::size_t>(pool.num_threads()));
   pool.parallel_for(num_panels(out_features_), [&](std::int64_t panel, std::int32_t thread) {
-    apply_panel(static_cast<std::int32_t>(panel), x, rows, y, accumulate, scratch[static_cast<std::size_t>(thread)]);
+    apply_panel(static_cast<std::int32_t>(panel), x, part_rows, y, accumulate,
+                scratch[static_cast<std::size_t>(thread)]);
   });
 }
 
@@ -85,7 +91,7 @@ void Linear::apply_alone(const float* x, std::int32_t rows, float* y, bool accum
                          std::vector<float>& scratch) const {
   use_blas_without_threads();
   for (std::int32_t panel = 0; panel < num_panels(out_features_); ++panel) {
-    apply_panel(panel, x, rows, y, accumulate, scratch);
+    apply_panel(panel, x, std::span(&rows, 1), y, accumulate, scratch);
   }
 }
 

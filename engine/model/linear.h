@@ -32,7 +32,14 @@ class Linear {
 
   /// y[t, :] = W x[t, :], or += with `accumulate`.
   /// x: [rows, in_features], y: [rows, out_features], both without gaps. Same bits for any number of threads.
-  void apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const;
+  void apply(const float* x, std::int32_t rows, float* y, bool accumulate, ThreadPool& pool) const {
+    apply_parts(x, std::span(&rows, 1), y, accumulate, pool);
+  }
+
+  /// The same for rows that belong to several parts, one behind the other: weights are widened once, and a row has the
+  /// bits of a product of its part alone (sums of BLAS depend on the number of rows). part_rows: [parts].
+  void apply_parts(const float* x, std::span<const std::int32_t> part_rows, float* y, bool accumulate,
+                   ThreadPool& pool) const;
 
   /// The same bits on the calling thread alone. scratch is resized to what it takes; callers keep one per thread.
   void apply_alone(const float* x, std::int32_t rows, float* y, bool accumulate, std::vector<float>& scratch) const;
@@ -43,8 +50,8 @@ class Linear {
   }
 
  private:
-  void apply_panel(std::int32_t panel, const float* x, std::int32_t rows, float* y, bool accumulate,
-                   std::vector<float>& scratch) const;
+  void apply_panel(std::int32_t panel, const float* x, std::span<const std::int32_t> part_rows, float* y,
+                   bool accumulate, std::vector<float>& scratch) const;
 
   TensorRef weight_;
   std::int32_t out_features_ = 0;

@@ -1,12 +1,14 @@
-/// A model where it is computed, and a request that runs on it: all that sessions, commands and measurements use.
+/// A model where it is computed, and requests that run on it: all that sessions, commands and measurements use.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "compact/page_tables.h"
 #include "compact/status.h"
 #include "compact/thread_pool.h"
 #include "engine/loader/model_config.h"
@@ -17,31 +19,65 @@ namespace compact::engine {
 
 enum class LogitsOf : std::int32_t { kNone, kLastToken, kAllTokens };
 
-struct SequenceOptions {
-  std::int32_t max_chunk_tokens = 1024;  // longest forward, of each request
-  std::int32_t page_tokens = 128;        // P
-  std::int32_t num_pages = 0;            // of each request's own cache
+struct BatchOptions {
+  std::int32_t max_step_tokens = 1024;  // of one forward, over all its requests
+  std::int32_t max_requests = 1;        // live at a time
+  std::int32_t page_tokens = 128;       // P
+  std::int32_t num_pages = 0;           // of the cache, shared by all requests
+  std::int32_t max_request_pages = 0;   // longest page table; 0: num_pages
   DType kv_dtype = DType::kF32;
   SparsityOptions sparsity;  // prefill; what is asked to be dense reads every page
   SummaryFields extra;       // records of the cache that an observer reads, besides those of the selector
+
+  [[nodiscard]] std::int32_t request_pages() const noexcept {
+    return max_request_pages > 0 ? max_request_pages : num_pages;
+  }
 };
 
 /// The records that either needs.
 [[nodiscard]] SummaryFields either(const SummaryFields& a, const SummaryFields& b);
 
-/// One request on a cache of its own.
-class Sequence {
+/// What a request does in a step.
+struct BatchPart {
+  RequestId request = 0;
+  std::span<const std::int32_t> tokens;  // [C] continue the request; at least one
+  /// Every page is read (decode steps, a dense final chunk), and the chunk counted as kRequested.
+  bool dense = false;
+  LogitsOf logits = LogitsOf::kNone;
+};
+
+/// Requests that come and go on one paged cache. A step computes the next chunk of some of them: of any lengths and
+/// places, prefill and decode side by side.
+class Batch {
  public:
-  virtual ~Sequence() = default;
+  virtual ~Batch() = default;
 
-  /// Runs the next chunk through every layer. `tokens` continue the request; `dense` reads every page (decode steps, a
-  /// dense final chunk) and is counted as kRequested. logits: [1 or C, vocab_size] as asked for; empty for kNone, which
-  /// may return before the work is done.
-  /// Errors: those of check_chunk and of the cache (kOutOfMemory says how many pages are needed); kCudaError.
-  [[nodiscard]] virtual Status forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of,
-                                       ThreadPool& pool, std::vector<float>& logits) = 0;
+  /// Page tables, lengths and free pages of the cache.
+  [[nodiscard]] virtual const PageTables& tables() const noexcept = 0;
 
-  /// What every layer did since the last call, once all of it is done.
+  /// A request whose first tokens are those of `prefix_pages`: complete pages of the cache, in logical order, of the
+  /// same tokens in the same chunks. Errors: kInvalidArgument (max_requests are live, more than max_request_pages, a
+  /// page that nobody holds or that is not complete), kUnsupported (a prefix where layers are copied to the host),
+  /// kOutOfMemory.
+  [[nodiscard]] virtual Result<RequestId> add_request(std::span<const std::int32_t> prefix_pages) = 0;
+
+  /// Forgets the request; pages that nobody else holds are free again. Errors: kInvalidArgument (unknown request).
+  [[nodiscard]] virtual Status release(RequestId request) = 0;
+
+  /// One more holder of a page that is held, and one fewer: a prefix cache keeps pages beyond their requests.
+  /// Errors: kInternal (a page that nobody holds), kUnsupported (where layers are copied to the host).
+  [[nodiscard]] virtual Status hold_page(std::int32_t page) = 0;
+  [[nodiscard]] virtual Status drop_page(std::int32_t page) = 0;
+
+  /// Runs the next chunk of every part through all layers. Whether a chunk's attention is dense is decided for each by
+  /// itself, and a chunk reads what it would read alone.
+  /// logits: [rows asked for by the parts, in their order, vocab_size]; without any the call may return before the
+  /// work is done. Errors: those of check_step, and nothing changed; kCudaError, kInternal, an observer's: the requests
+  /// of the step hold an unknown part of it and can only be released.
+  [[nodiscard]] virtual Status forward(std::span<const BatchPart> parts, ThreadPool& pool,
+                                       std::vector<float>& logits) = 0;
+
+  /// What every layer did for all requests since the last call, once all of it is done.
   [[nodiscard]] virtual Result<std::vector<LayerReport>> take_reports() = 0;
 
   /// Called by every layer from now on, for measurements. Errors: kUnsupported where keys do not lie on the host.
@@ -52,22 +88,6 @@ class Sequence {
   [[nodiscard]] virtual std::int64_t summary_bytes() const noexcept = 0;
 };
 
-/// Requests that advance together, each on a cache of its own: a step computes a chunk of every one.
-class Batch {
- public:
-  virtual ~Batch() = default;
-
-  /// Runs the next chunk of every request: tokens[b] continue request b, none let it rest. Lengths and places may
-  /// differ; each chunk is dense or not for reasons of its own, unless all are asked to be `dense`.
-  /// logits: [requests that were given tokens, vocab_size] for kLastToken, [all tokens, vocab_size] for kAllTokens, in
-  /// the order of the requests. Errors: those of Sequence::forward, for any of them; nothing ran then.
-  [[nodiscard]] virtual Status forward(std::span<const std::span<const std::int32_t>> tokens, bool dense,
-                                       LogitsOf logits_of, ThreadPool& pool, std::vector<float>& logits) = 0;
-
-  /// What every layer did for all requests since the last call, once all of it is done.
-  [[nodiscard]] virtual Result<std::vector<LayerReport>> take_reports() = 0;
-};
-
 class Model {
  public:
   virtual ~Model() = default;
@@ -76,20 +96,45 @@ class Model {
   [[nodiscard]] virtual Backend backend() const noexcept = 0;
   /// What computes, for reports: a GPU's name, or the instruction set of the CPU kernels.
   [[nodiscard]] virtual std::string processor() const = 0;
-  /// A request without tokens. The model must outlive it. Errors: kInvalidArgument, kUnsupported (options),
+  /// A batch without requests. The model must outlive it. Errors: kInvalidArgument, kUnsupported (options),
   /// kOutOfMemory.
-  [[nodiscard]] virtual Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const = 0;
-  /// The same for several requests. Errors: also kUnsupported on the CPU, with a selector that runs there, and for
-  /// traced pages.
-  [[nodiscard]] virtual Result<std::unique_ptr<Batch>> start_batch(std::int32_t num_requests,
-                                                                   const SequenceOptions& options) const = 0;
+  [[nodiscard]] virtual Result<std::unique_ptr<Batch>> start(const BatchOptions& options) const = 0;
+};
+
+/// One request on a cache of its own.
+class Sequence {
+ public:
+  /// Errors: those of Model::start; kInvalidArgument unless max_requests is 1.
+  [[nodiscard]] static Result<Sequence> create(const Model& model, const BatchOptions& options);
+
+  /// Runs the next chunk: see BatchPart and Batch::forward. logits: [0, 1 or C, vocab_size].
+  [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, bool dense, LogitsOf logits_of, ThreadPool& pool,
+                               std::vector<float>& logits);
+
+  /// Reports, observers, sizes.
+  [[nodiscard]] Batch& batch() noexcept { return *batch_; }
+
+ private:
+  Sequence(std::unique_ptr<Batch> batch, RequestId request) : batch_(std::move(batch)), request_(request) {}
+
+  std::unique_ptr<Batch> batch_;
+  RequestId request_ = 0;
 };
 
 /// 1 / sqrt(D).
 [[nodiscard]] float softmax_scale(const ModelConfig& config) noexcept;
 
-/// Whether `tokens` may stand at positions [start, start + size). Errors: kInvalidArgument (a token outside the
-/// vocabulary, a position the model was not made for).
-[[nodiscard]] Status check_chunk(const ModelConfig& config, std::span<const std::int32_t> tokens, std::int64_t start);
+/// Errors: kInvalidArgument with the option, the value seen and what is allowed.
+[[nodiscard]] Status check_batch_options(const BatchOptions& options);
+
+/// Whether another request may come, with that prefix. Errors: kInvalidArgument.
+[[nodiscard]] Status check_new_request(const BatchOptions& options, const PageTables& tables,
+                                       std::span<const std::int32_t> prefix_pages);
+
+/// Whether the parts may be a step. Errors: kInvalidArgument (a token outside the vocabulary, a position the model was
+/// not made for, a part without tokens, an unknown request, two parts of one request, more than max_step_tokens),
+/// kOutOfMemory (a page table past max_request_pages, more pages than are free: says how many).
+[[nodiscard]] Status check_step(const ModelConfig& config, const BatchOptions& options, const PageTables& tables,
+                                std::span<const BatchPart> parts);
 
 }  // namespace compact::engine

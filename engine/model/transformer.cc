@@ -7,7 +7,7 @@
 
 #include "compact/attention.h"
 #include "engine/loader/rope_frequencies.h"
-#include "engine/model/cpu_sequence.h"
+#include "engine/model/cpu_batch.h"
 #include "engine/model/layers.h"
 
 namespace compact::engine {
@@ -101,26 +101,24 @@ Result<ExpertMlp> Transformer::load_experts(const std::string& prefix) const {
 
 std::string Transformer::processor() const { return cpu_attention_target(); }
 
-Result<std::unique_ptr<Sequence>> Transformer::start(const SequenceOptions& options) const {
-  return CpuSequence::create(*this, options);
+Result<std::unique_ptr<Batch>> Transformer::start(const BatchOptions& options) const {
+  return CpuBatch::create(*this, options);
 }
 
-Result<std::unique_ptr<Batch>> Transformer::start_batch(std::int32_t num_requests, const SequenceOptions&) const {
-  return unsupported(fmt::format(
-      "a batch of {} requests is not on the cpu backend yet\n  allowed: one request, or --backend cuda", num_requests));
-}
-
-Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
-                            PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
-                            std::vector<float>& logits) const {
+Status Transformer::forward(std::span<const BatchPart> parts, PagedKvCache& cache, ChunkAttention& attention,
+                            ThreadPool& pool, std::vector<float>& logits) const {
   logits.clear();
-  if (tokens.empty()) return {};
-  const auto rows = static_cast<std::int32_t>(tokens.size());            // C
-  CA_ASSIGN_OR_RETURN(const std::int32_t start, cache.length(request));  // S
-  CA_RETURN_IF_ERROR(check_chunk(config_, tokens, start));
-  CA_RETURN_IF_ERROR(cache.extend(request, rows));
-  CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> page_table, cache.page_table(request));
-  const ChunkView chunk{0, rows, start, page_table.data()};
+  std::vector<std::int32_t> part_rows;  // [parts]
+  std::vector<std::int32_t> starts;     // [parts] S
+  std::vector<std::int32_t> positions;  // [C] of all parts together
+  for (const BatchPart& part : parts) {
+    CA_ASSIGN_OR_RETURN(const std::int32_t start, cache.length(part.request));
+    part_rows.push_back(static_cast<std::int32_t>(part.tokens.size()));
+    starts.push_back(start);
+    CA_RETURN_IF_ERROR(cache.extend(part.request, part_rows.back()));
+    for (std::int32_t t = 0; t < part_rows.back(); ++t) positions.push_back(start + t);
+  }
+  const auto rows = static_cast<std::int32_t>(positions.size());  // C
 
   const std::int32_t hidden = config_.hidden_size;
   const std::int32_t dim = config_.head_dim;
@@ -140,21 +138,33 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
   const bool keep_pre = cache.options().summaries.gate_pool;
   std::vector<float> q_pre;  // [C, Hq, D]
   std::vector<float> k_pre;  // [C, Hkv, D]
-  PreRope pre;
   std::vector<float> gate = buffer(config_.intermediate_size);
   std::vector<float> up = buffer(config_.intermediate_size);
-  const RopeTable rope = make_rope_table(inverse_frequencies_, start, rows);
+  const RopeTable rope = make_rope_table(inverse_frequencies_, positions);
+  const auto product = [&](const Linear& linear, const std::vector<float>& x, std::vector<float>& y, bool accumulate) {
+    linear.apply_parts(x.data(), part_rows, y.data(), accumulate, pool);
+  };
+  // visit(i, first row of part i)
+  const auto for_each_part = [&](auto&& visit) -> Status {
+    std::int32_t first_row = 0;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      CA_RETURN_IF_ERROR(visit(i, first_row));
+      first_row += part_rows[i];
+    }
+    return {};
+  };
 
-  for (std::int32_t t = 0; t < rows; ++t) {
-    embedding_.row(tokens[static_cast<std::size_t>(t)], residual.data() + std::int64_t{t} * hidden);
+  std::int64_t row = 0;
+  for (const BatchPart& part : parts) {
+    for (const std::int32_t token : part.tokens) embedding_.row(token, residual.data() + row++ * hidden);
   }
   for (std::int32_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
     const Block& block = blocks_[static_cast<std::size_t>(layer)];
 
     rms_norm(residual.data(), block.attention_norm.data(), eps, rows, hidden, normed.data(), pool);
-    block.q_proj.apply(normed.data(), rows, q.data(), false, pool);
-    block.k_proj.apply(normed.data(), rows, k.data(), false, pool);
-    block.v_proj.apply(normed.data(), rows, v.data(), false, pool);
+    product(block.q_proj, normed, q, false);
+    product(block.k_proj, normed, k, false);
+    product(block.v_proj, normed, v, false);
     if (config_.qk_norm) {  // Qwen3: every head of q and k is normed on its own, before the rotation
       rms_norm(q.data(), block.q_norm.data(), eps, rows * q_heads, dim, q.data(), pool);
       rms_norm(k.data(), block.k_norm.data(), eps, rows * kv_heads, dim, k.data(), pool);
@@ -162,35 +172,54 @@ Status Transformer::forward(std::span<const std::int32_t> tokens, RequestId requ
     if (keep_pre) {
       q_pre = q;
       k_pre = k;
-      pre = {contiguous_rows<const float>(q_pre.data(), rows, q_heads, dim),
-             contiguous_rows<const float>(k_pre.data(), rows, kv_heads, dim)};
     }
     apply_rope(rope, contiguous_rows(q.data(), rows, q_heads, dim), pool);
     apply_rope(rope, contiguous_rows(k.data(), rows, kv_heads, dim), pool);
-    CA_RETURN_IF_ERROR(attention.run(layer, request, chunk, contiguous_rows<const float>(q.data(), rows, q_heads, dim),
-                                     contiguous_rows<const float>(k.data(), rows, kv_heads, dim),
-                                     contiguous_rows<const float>(v.data(), rows, kv_heads, dim), dense, cache,
-                                     contiguous_rows(attended.data(), rows, q_heads, dim), pool, pre));
-    block.o_proj.apply(attended.data(), rows, residual.data(), true, pool);
+    CA_RETURN_IF_ERROR(for_each_part([&](std::size_t i, std::int32_t first_row) -> Status {
+      CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> page_table, cache.page_table(parts[i].request));
+      const ChunkView chunk{0, part_rows[i], starts[i], page_table.data()};
+      const auto of_part = [&](const std::vector<float>& all, std::int32_t heads) {
+        if (all.empty()) return ConstRows{};
+        return contiguous_rows<const float>(all.data() + std::int64_t{first_row} * heads * dim, part_rows[i], heads,
+                                            dim);
+      };
+      const MutableRows o =
+          contiguous_rows(attended.data() + std::int64_t{first_row} * q_heads * dim, part_rows[i], q_heads, dim);
+      return attention.run(layer, parts[i].request, chunk, of_part(q, q_heads), of_part(k, kv_heads),
+                           of_part(v, kv_heads), parts[i].dense, cache, o, pool,
+                           {of_part(q_pre, q_heads), of_part(k_pre, kv_heads)});
+    }));
+    product(block.o_proj, attended, residual, true);
 
     rms_norm(residual.data(), block.mlp_norm.data(), eps, rows, hidden, normed.data(), pool);
     if (config_.has_experts(layer)) {
-      block.experts.add(normed.data(), rows, residual.data(), pool);
+      CA_RETURN_IF_ERROR(for_each_part([&](std::size_t i, std::int32_t first_row) -> Status {
+        const std::int64_t begin = std::int64_t{first_row} * hidden;
+        block.experts.add(normed.data() + begin, part_rows[i], residual.data() + begin, pool);
+        return {};
+      }));
       continue;
     }
-    block.gate_proj.apply(normed.data(), rows, gate.data(), false, pool);
-    block.up_proj.apply(normed.data(), rows, up.data(), false, pool);
+    product(block.gate_proj, normed, gate, false);
+    product(block.up_proj, normed, up, false);
     silu_multiply(gate.data(), up.data(), rows, config_.intermediate_size, pool);
-    block.down_proj.apply(gate.data(), rows, residual.data(), true, pool);
+    product(block.down_proj, gate, residual, true);
   }
 
-  if (logits_of == LogitsOf::kNone) return {};
-  const std::int32_t first_row = logits_of == LogitsOf::kLastToken ? rows - 1 : 0;
-  const std::int32_t logit_rows = rows - first_row;
-  rms_norm(residual.data() + std::int64_t{first_row} * hidden, final_norm_.data(), eps, logit_rows, hidden,
-           normed.data(), pool);
-  logits.resize(static_cast<std::size_t>(logit_rows) * static_cast<std::size_t>(config_.vocab_size));
-  lm_head_.apply(normed.data(), logit_rows, logits.data(), false, pool);
+  std::vector<std::int32_t> logit_rows;  // of the parts that ask for some
+  std::int32_t num_logits = 0;
+  CA_RETURN_IF_ERROR(for_each_part([&](std::size_t i, std::int32_t first_row) -> Status {
+    if (parts[i].logits == LogitsOf::kNone) return {};
+    const std::int32_t asked = parts[i].logits == LogitsOf::kLastToken ? 1 : part_rows[i];
+    rms_norm(residual.data() + std::int64_t{first_row + part_rows[i] - asked} * hidden, final_norm_.data(), eps, asked,
+             hidden, normed.data() + std::int64_t{num_logits} * hidden, pool);
+    logit_rows.push_back(asked);
+    num_logits += asked;
+    return {};
+  }));
+  if (num_logits == 0) return {};
+  logits.resize(static_cast<std::size_t>(num_logits) * static_cast<std::size_t>(config_.vocab_size));
+  lm_head_.apply_parts(normed.data(), logit_rows, logits.data(), false, pool);
   return {};
 }
 

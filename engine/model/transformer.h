@@ -30,18 +30,14 @@ class Transformer final : public Model {
   [[nodiscard]] std::int64_t weight_bytes() const noexcept override { return checkpoint_.weight_bytes(); }
   [[nodiscard]] Backend backend() const noexcept override { return Backend::kCpu; }
   [[nodiscard]] std::string processor() const override;
-  [[nodiscard]] Result<std::unique_ptr<Sequence>> start(const SequenceOptions& options) const override;
-  [[nodiscard]] Result<std::unique_ptr<Batch>> start_batch(std::int32_t num_requests,
-                                                           const SequenceOptions& options) const override;
-  [[nodiscard]] float softmax_scale() const noexcept { return engine::softmax_scale(config_); }
+  [[nodiscard]] Result<std::unique_ptr<Batch>> start(const BatchOptions& options) const override;
 
-  /// Runs the next chunk of a request through every layer. `tokens` continue the request: the cache is extended by
-  /// them, and the chunk starts at its former length. `dense` reads every page (decode steps).
-  /// logits: [1 or C, vocab_size] as asked for; empty for kNone.
-  /// Errors: those of check_chunk, of the cache (kOutOfMemory says how many pages are needed) and of ChunkAttention.
-  [[nodiscard]] Status forward(std::span<const std::int32_t> tokens, RequestId request, bool dense, LogitsOf logits_of,
-                               PagedKvCache& cache, ChunkAttention& attention, ThreadPool& pool,
-                               std::vector<float>& logits) const;
+  /// Runs the next chunks of some requests through every layer. The cache is extended by them, and a chunk starts at
+  /// its request's former length. A row has the bits of a forward of its part alone, whatever stands beside it.
+  /// logits: [rows asked for by the parts, in their order, vocab_size]. Precondition: check_step.
+  /// Errors: those of the cache and of ChunkAttention.
+  [[nodiscard]] Status forward(std::span<const BatchPart> parts, PagedKvCache& cache, ChunkAttention& attention,
+                               ThreadPool& pool, std::vector<float>& logits) const;
 
  private:
   struct Block {

@@ -22,8 +22,8 @@ Result<GenerateResult> generate(const Model& model, std::span<const std::int32_t
   result.backend = model.backend();
   result.processor = model.processor();
   result.prompt_tokens = static_cast<std::int32_t>(prompt.size());
-  result.kv_bytes = session.sequence().kv_bytes();
-  result.summary_bytes = session.sequence().summary_bytes();
+  result.kv_bytes = session.batch().kv_bytes();
+  result.summary_bytes = session.batch().summary_bytes();
 
   const Stopwatch prefill_stopwatch;
   const auto on_chunk = [&](std::int32_t done, std::span<const float>) -> Status {
@@ -34,7 +34,7 @@ Result<GenerateResult> generate(const Model& model, std::span<const std::int32_t
   CA_RETURN_IF_ERROR(session.prefill(prompt, LogitsOf::kLastToken, on_chunk, pool));
   std::int32_t token = sampler.sample(session.logits());
   result.prefill_seconds = prefill_stopwatch.seconds();
-  CA_ASSIGN_OR_RETURN(result.layers, session.sequence().take_reports());
+  CA_ASSIGN_OR_RETURN(result.layers, session.batch().take_reports());
 
   const Stopwatch decode_stopwatch;
   while (true) {

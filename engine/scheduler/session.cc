@@ -33,9 +33,8 @@ Status check_request(const ModelConfig& config, std::int64_t prompt_tokens, cons
 
 }  // namespace
 
-Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t prompt_tokens,
-                                         std::int64_t decode_tokens, const SessionOptions& options,
-                                         SummaryFields extra) {
+Result<BatchOptions> batch_options(const ModelConfig& config, std::int64_t prompt_tokens, std::int64_t decode_tokens,
+                                   const SessionOptions& options, SummaryFields extra) {
   CA_RETURN_IF_ERROR(check_request(config, prompt_tokens, options));
   const std::int64_t positions = std::min<std::int64_t>(prompt_tokens + decode_tokens, config.max_position_embeddings);
   // A page size that the cache will refuse must not divide here.
@@ -49,8 +48,8 @@ Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t
                     "  try: --kv-pages {}, or leave it out",
                     prompt_tokens, prompt_pages, options.page_tokens, num_pages, pages_for(positions, page_tokens)));
   }
-  return SequenceOptions{
-      .max_chunk_tokens = static_cast<std::int32_t>(std::min<std::int64_t>(options.chunk_tokens, prompt_tokens)),
+  return BatchOptions{
+      .max_step_tokens = static_cast<std::int32_t>(std::min<std::int64_t>(options.chunk_tokens, prompt_tokens)),
       .page_tokens = options.page_tokens,
       .num_pages = num_pages,
       .kv_dtype = options.kv_dtype,
@@ -60,14 +59,14 @@ Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t
 
 Result<Session> Session::create(const Model& model, std::int64_t prompt_tokens, std::int64_t decode_tokens,
                                 const SessionOptions& options, SummaryFields extra) {
-  CA_ASSIGN_OR_RETURN(const SequenceOptions of_sequence,
-                      sequence_options(model.config(), prompt_tokens, decode_tokens, options, extra));
-  CA_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence, model.start(of_sequence));
+  CA_ASSIGN_OR_RETURN(const BatchOptions of_batch,
+                      batch_options(model.config(), prompt_tokens, decode_tokens, options, extra));
+  CA_ASSIGN_OR_RETURN(Sequence sequence, Sequence::create(model, of_batch));
   Session session(std::move(sequence));
   session.chunk_tokens_ = options.chunk_tokens;
   session.final_chunk_dense_ = options.final_chunk_dense;
   session.max_positions_ = std::min<std::int64_t>(model.config().max_position_embeddings,
-                                                  std::int64_t{of_sequence.num_pages} * options.page_tokens);
+                                                  std::int64_t{of_batch.num_pages} * options.page_tokens);
   return session;
 }
 
@@ -78,7 +77,7 @@ Status Session::prefill(std::span<const std::int32_t> prompt, LogitsOf logits_of
     const bool is_last = begin + chunk == prompt.size();
     const LogitsOf of_chunk = logits_of == LogitsOf::kLastToken && !is_last ? LogitsOf::kNone : logits_of;
     CA_RETURN_IF_ERROR(
-        sequence_->forward(prompt.subspan(begin, chunk), is_last && final_chunk_dense_, of_chunk, pool, logits_));
+        sequence_.forward(prompt.subspan(begin, chunk), is_last && final_chunk_dense_, of_chunk, pool, logits_));
     begin += chunk;
     length_ += static_cast<std::int64_t>(chunk);
     if (on_chunk) CA_RETURN_IF_ERROR(on_chunk(static_cast<std::int32_t>(begin), logits_));
@@ -87,7 +86,7 @@ Status Session::prefill(std::span<const std::int32_t> prompt, LogitsOf logits_of
 }
 
 Status Session::decode(std::int32_t token, ThreadPool& pool) {
-  CA_RETURN_IF_ERROR(sequence_->forward(std::span(&token, 1), /*dense=*/true, LogitsOf::kLastToken, pool, logits_));
+  CA_RETURN_IF_ERROR(sequence_.forward(std::span(&token, 1), /*dense=*/true, LogitsOf::kLastToken, pool, logits_));
   ++length_;
   return {};
 }

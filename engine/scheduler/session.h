@@ -27,9 +27,9 @@ struct SessionOptions {
 /// What a model is started with for a request of that length.
 /// Errors, all before any work: kInvalidArgument (an empty prompt, a chunk of 0 tokens, more prompt tokens than the
 /// model has positions), kOutOfMemory (a cache too small for the prompt: says how many pages it takes).
-[[nodiscard]] Result<SequenceOptions> sequence_options(const ModelConfig& config, std::int64_t prompt_tokens,
-                                                       std::int64_t decode_tokens, const SessionOptions& options,
-                                                       SummaryFields extra = {});
+[[nodiscard]] Result<BatchOptions> batch_options(const ModelConfig& config, std::int64_t prompt_tokens,
+                                                 std::int64_t decode_tokens, const SessionOptions& options,
+                                                 SummaryFields extra = {});
 
 class Session {
  public:
@@ -38,7 +38,7 @@ class Session {
 
   /// decode_tokens: how many may be fed back after the prompt. extra: records of the cache that an observer reads,
   /// besides those of the selector.
-  /// Errors, all before any work: those of sequence_options and Model::start.
+  /// Errors, all before any work: those of batch_options and Model::start.
   [[nodiscard]] static Result<Session> create(const Model& model, std::int64_t prompt_tokens,
                                               std::int64_t decode_tokens, const SessionOptions& options,
                                               SummaryFields extra = {});
@@ -53,13 +53,13 @@ class Session {
   [[nodiscard]] std::span<const float> logits() const noexcept { return logits_; }
   /// Whether another token can be fed back.
   [[nodiscard]] bool has_room() const noexcept { return length_ < max_positions_; }
-  /// The request where it is computed: reports, observers, sizes.
-  [[nodiscard]] Sequence& sequence() noexcept { return *sequence_; }
+  /// Where the request is computed: reports, observers, sizes.
+  [[nodiscard]] Batch& batch() noexcept { return sequence_.batch(); }
 
  private:
-  explicit Session(std::unique_ptr<Sequence> sequence) : sequence_(std::move(sequence)) {}
+  explicit Session(Sequence sequence) : sequence_(std::move(sequence)) {}
 
-  std::unique_ptr<Sequence> sequence_;
+  Sequence sequence_;
   std::int32_t chunk_tokens_ = 0;
   bool final_chunk_dense_ = false;
   std::int64_t max_positions_ = 0;  // of the model and of the cache

@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 
+#include "compact/page_tables.h"
 #include "compact/status.h"
 #include "compact/tensor_view.h"
 #include "compact/thread_pool.h"
@@ -34,9 +35,6 @@ struct PagedKvOptions {
   SummaryFields summaries{.mean_k = true};  // what the selectors in use need
 };
 
-/// Names a live request of one cache. Ids are never reused.
-using RequestId = std::int64_t;
-
 class PagedKvCache {
  public:
   /// Allocates the cache. Errors: kInvalidArgument (a size or P out of range), kOutOfMemory (says how many bytes).
@@ -47,13 +45,25 @@ class PagedKvCache {
   ~PagedKvCache();
 
   [[nodiscard]] const PagedKvOptions& options() const noexcept;
-  [[nodiscard]] std::int32_t num_free_pages() const noexcept;
+  [[nodiscard]] std::int32_t num_free_pages() const noexcept { return tables().num_free_pages(); }
+  /// Whose pages are whose.
+  [[nodiscard]] const PageTables& tables() const noexcept;
   /// Bytes of K and V, and of summaries with their running sums, over all layers.
   [[nodiscard]] std::int64_t kv_bytes() const noexcept;
   [[nodiscard]] std::int64_t summary_bytes() const noexcept;
 
   /// A request with no tokens.
   [[nodiscard]] RequestId add_request();
+
+  /// A request whose first tokens are those of `prefix_pages`, in logical order: a prefix that others have computed.
+  /// Needs no free page. Errors: kInvalidArgument (a page that nobody holds, or that is not complete in every layer),
+  /// kOutOfMemory.
+  [[nodiscard]] Result<RequestId> add_request(std::span<const std::int32_t> prefix_pages);
+
+  /// One more holder of a page, and one fewer: pages outlive their requests while somebody holds them. Errors:
+  /// kInternal (a page that nobody holds).
+  [[nodiscard]] Status hold_page(std::int32_t page);
+  [[nodiscard]] Status drop_page(std::int32_t page);
 
   /// A new request that shares the first `tokens` tokens of `parent`. Complete pages are shared for good. If `tokens`
   /// ends inside a page, that page is copied with its summary by the child's next `extend`, or taken over if nobody
@@ -63,7 +73,8 @@ class PagedKvCache {
   [[nodiscard]] Result<RequestId> fork(RequestId parent, std::int32_t tokens);
 
   /// Drops the tokens from `tokens` on (a rejected draft, a rolled-back chunk). Freed pages return to the pool.
-  /// Errors: kInvalidArgument (unknown request, tokens outside [0, length]), kUnsupported (as in `fork`).
+  /// Errors: kInvalidArgument (unknown request, tokens outside [0, length]), kUnsupported (as in `fork`, if any of the
+  /// tokens dropped was written).
   [[nodiscard]] Status truncate(RequestId request, std::int32_t tokens);
 
   /// Forgets the request; pages that nobody else holds return to the pool.

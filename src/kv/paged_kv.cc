@@ -14,13 +14,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <limits>
 #include <new>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "src/kv/page_allocator.h"
 #include "src/kv/page_store.h"
 
 namespace compact {
@@ -29,10 +27,9 @@ namespace {
 // Elements of K below which waking the threads costs more than the copy.
 constexpr std::int64_t kSerialElements = 32 * 1024;
 
+// What lies in a request's pages; which pages these are, PageTables knows.
 struct Request {
-  std::int32_t length = 0;            // tokens that there is room for
-  std::vector<std::int32_t> pages;    // [ceil(length / P)]  physical, in logical order
-  std::vector<std::int32_t> written;  // [num_layers]  tokens stored so far, at most length
+  std::vector<std::int32_t> written;  // [num_layers]  tokens stored so far, at most the request's length
   // [num_layers, Hkv, PageStore::sum_floats]  of the page that the layer's next token goes to
   std::unique_ptr<float[]> open_sums;
   bool tail_stale = false;  // see the top of this file
@@ -61,20 +58,17 @@ Status check_rows(const char* name, const ConstRows& rows, const PagedKvOptions&
 
 struct PagedKvCache::Impl {
   PageStore store;
-  PageAllocator allocator;
+  PageTables tables;
   std::unordered_map<RequestId, Request> requests;
-  RequestId next_id = 0;
   std::vector<float> scratch_sums;  // [threads, sum_floats]  of pages that one write fills from start to end
 
-  explicit Impl(PageStore pages) : store(std::move(pages)), allocator(store.options().num_pages) {}
+  Impl(PageStore pages, PageTables books) : store(std::move(pages)), tables(std::move(books)) {}
 
   const PagedKvOptions& options() const { return store.options(); }
 
   std::int32_t pages_for(std::int32_t tokens) const {
     return static_cast<std::int32_t>((std::int64_t{tokens} + options().page_tokens - 1) / options().page_tokens);
   }
-  // Whole pages below 2^31, so that a context rounded up to pages is an int32 everywhere.
-  std::int32_t max_context() const { return std::numeric_limits<std::int32_t>::max() - (options().page_tokens - 1); }
 
   std::int64_t open_sum_floats() const {
     return std::int64_t{options().num_layers} * options().num_kv_heads * store.sum_floats();
@@ -91,33 +85,36 @@ struct PagedKvCache::Impl {
   }
 
   // A free page counts 0 tokens in every layer: a record never outlives the tokens that it describes.
-  Status drop_page(std::int32_t page) {
-    CA_ASSIGN_OR_RETURN(const bool now_free, allocator.release(page));
-    if (!now_free) return {};
-    for (std::int32_t layer = 0; layer < options().num_layers; ++layer) store.count(layer, page) = 0;
-    return {};
-  }
-
-  bool tail_shared(const Request& request) const { return allocator.num_holders(request.pages.back()) > 1; }
-
-  // Tokens of the request's last page that `layer` has stored.
-  std::int32_t tail_tokens(const Request& request, std::int32_t layer) const {
-    const std::int32_t page_tokens = options().page_tokens;
-    const std::int32_t tail_begin = (pages_for(request.length) - 1) * page_tokens;
-    return std::clamp(request.written[static_cast<std::size_t>(layer)] - tail_begin, 0, page_tokens);
-  }
-
-  void copy_tail(const Request& request, std::int32_t to_page) {
-    for (std::int32_t layer = 0; layer < options().num_layers; ++layer) {
-      store.copy_tokens(layer, request.pages.back(), to_page, tail_tokens(request, layer));
+  void forget_free(std::span<const std::int32_t> pages) {
+    for (const std::int32_t page : pages) {
+      if (tables.num_holders(page) > 0) continue;
+      for (std::int32_t layer = 0; layer < options().num_layers; ++layer) store.count(layer, page) = 0;
     }
   }
 
-  // Recomputes the record of the last page from the tokens that the request keeps in it.
-  void rebuild_tail(Request& request) {
-    const std::int32_t page = request.pages.back();
+  Result<std::vector<std::int32_t>> pages_of(RequestId id) const {
+    CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> pages, tables.page_table(id));
+    return std::vector<std::int32_t>(pages.begin(), pages.end());
+  }
+
+  // Tokens of the request's last page, where its first `length` end, that `layer` has stored.
+  std::int32_t tail_tokens(const Request& request, std::int32_t length, std::int32_t layer) const {
+    const std::int32_t page_tokens = options().page_tokens;
+    const std::int32_t tail_begin = (pages_for(length) - 1) * page_tokens;
+    return std::clamp(request.written[static_cast<std::size_t>(layer)] - tail_begin, 0, page_tokens);
+  }
+
+  void copy_tail(const Request& request, std::int32_t length, std::int32_t from_page, std::int32_t to_page) {
     for (std::int32_t layer = 0; layer < options().num_layers; ++layer) {
-      const std::int32_t tokens = tail_tokens(request, layer);
+      store.copy_tokens(layer, from_page, to_page, tail_tokens(request, length, layer));
+    }
+  }
+
+  // Recomputes the record of `page`, where the request's first `length` tokens end, from the tokens that it keeps
+  // there.
+  void rebuild_tail(Request& request, std::int32_t length, std::int32_t page) {
+    for (std::int32_t layer = 0; layer < options().num_layers; ++layer) {
+      const std::int32_t tokens = tail_tokens(request, length, layer);
       store.count(layer, page) = tokens;
       // A layer that has not reached this page still needs its running sums for an earlier one.
       if (tokens == 0) continue;
@@ -126,20 +123,6 @@ struct PagedKvCache::Impl {
       }
     }
     request.tail_stale = false;
-  }
-
-  Status out_of_pages(RequestId id, const Request& request, std::int32_t tokens, std::int32_t needed,
-                      bool copies_tail) const {
-    const std::int32_t num_free = allocator.num_free();
-    // The rest of the last page is room too, unless the page must be copied first and nothing is free for that.
-    const std::int64_t pages = std::int64_t{pages_for(request.length)} + num_free - (copies_tail ? 1 : 0);
-    const std::int64_t room =
-        copies_tail && num_free == 0 ? 0 : pages * options().page_tokens - std::int64_t{request.length};
-    return out_of_memory(fmt::format(
-        "extend: request {} needs {} more pages for {} more tokens{}; {} of {} pages of {} tokens are free, room for "
-        "{} more tokens",
-        id, needed, tokens, copies_tail ? " (one to copy its shared last page)" : "", num_free, options().num_pages,
-        options().page_tokens, room));
   }
 
   Status check_write(RequestId id, const Request& request, std::int32_t layer, std::int32_t first_position,
@@ -166,9 +149,10 @@ struct PagedKvCache::Impl {
                                           first_position < next ? "written already" : "past a gap", next));
     }
     const std::int64_t end = std::int64_t{first_position} + k.tokens;
-    if (end > request.length) {
+    CA_ASSIGN_OR_RETURN(const std::int32_t length, tables.length(id));
+    if (end > length) {
       return invalid_argument(fmt::format("write: tokens {} to {} of request {} pass its length {}; extend it first",
-                                          first_position, end, id, request.length));
+                                          first_position, end, id, length));
     }
     return {};
   }
@@ -180,12 +164,13 @@ struct PagedKvCache::Impl {
                                    verb, tokens, id, kGateBlockTokens));
   }
 
-  PagePart part(const Request& request, std::int32_t first_position, std::int32_t tokens, std::int32_t page_idx) const {
+  PagePart part(std::span<const std::int32_t> pages, std::int32_t first_position, std::int32_t tokens,
+                std::int32_t page_idx) const {
     const std::int32_t page_begin = page_idx * options().page_tokens;
     const std::int32_t begin = std::max(first_position, page_begin);
     // Not page_begin + P, which may be 2^31.
     const std::int32_t count = std::min(options().page_tokens - (begin - page_begin), first_position + tokens - begin);
-    return {.page = request.pages[static_cast<std::size_t>(page_idx)],
+    return {.page = pages[static_cast<std::size_t>(page_idx)],
             .first_token = begin - page_begin,
             .tokens = count,
             .first_row = begin - first_position};
@@ -200,9 +185,10 @@ PagedKvCache::~PagedKvCache() = default;
 Result<PagedKvCache> PagedKvCache::create(const PagedKvOptions& options) {
   CA_ASSIGN_OR_RETURN(PageStore store, PageStore::create(options));
   try {
-    return PagedKvCache(std::make_unique<Impl>(std::move(store)));
+    CA_ASSIGN_OR_RETURN(PageTables tables, PageTables::create(options.num_pages, options.page_tokens));
+    return PagedKvCache(std::make_unique<Impl>(std::move(store), std::move(tables)));
   } catch (const std::bad_alloc&) {
-    return out_of_memory(fmt::format("create: no memory for the free list of {} pages", options.num_pages));
+    return out_of_memory("create: no memory for the books of the cache");
   }
 }
 
@@ -211,7 +197,7 @@ Result<std::int64_t> PagedKvCache::record_bytes(const PagedKvOptions& options) {
 }
 
 const PagedKvOptions& PagedKvCache::options() const noexcept { return impl_->options(); }
-std::int32_t PagedKvCache::num_free_pages() const noexcept { return impl_->allocator.num_free(); }
+const PageTables& PagedKvCache::tables() const noexcept { return impl_->tables; }
 std::int64_t PagedKvCache::kv_bytes() const noexcept { return impl_->store.kv_bytes(); }
 
 std::int64_t PagedKvCache::summary_bytes() const noexcept {
@@ -220,10 +206,29 @@ std::int64_t PagedKvCache::summary_bytes() const noexcept {
   return impl_->store.record_bytes() + num_open * impl_->open_sum_floats() * std::int64_t{sizeof(float)};
 }
 
-RequestId PagedKvCache::add_request() {
-  const RequestId id = impl_->next_id++;
-  impl_->requests[id].written.assign(static_cast<std::size_t>(impl_->options().num_layers), 0);
+RequestId PagedKvCache::add_request() { return add_request({}).value(); }
+
+Result<RequestId> PagedKvCache::add_request(std::span<const std::int32_t> prefix_pages) {
+  const std::int32_t page_tokens = impl_->options().page_tokens;
+  for (const std::int32_t page : prefix_pages) {
+    for (std::int32_t layer = 0; impl_->tables.num_holders(page) > 0 && layer < impl_->options().num_layers; ++layer) {
+      if (impl_->store.count(layer, page) == page_tokens) continue;
+      return invalid_argument(fmt::format("add_request: page {} of the prefix has {} tokens in layer {}; allowed: {}",
+                                          page, impl_->store.count(layer, page), layer, page_tokens));
+    }
+  }
+  CA_ASSIGN_OR_RETURN(const RequestId id, impl_->tables.add_request(prefix_pages));
+  const auto tokens = static_cast<std::int32_t>(std::ssize(prefix_pages) * page_tokens);
+  impl_->requests[id].written.assign(static_cast<std::size_t>(impl_->options().num_layers), tokens);
   return id;
+}
+
+Status PagedKvCache::hold_page(std::int32_t page) { return impl_->tables.hold(page); }
+
+Status PagedKvCache::drop_page(std::int32_t page) {
+  CA_RETURN_IF_ERROR(impl_->tables.drop(page));
+  impl_->forget_free(std::span(&page, 1));
+  return {};
 }
 
 Result<RequestId> PagedKvCache::fork(RequestId parent, std::int32_t tokens) {
@@ -234,104 +239,61 @@ Result<RequestId> PagedKvCache::fork(RequestId parent, std::int32_t tokens) {
                                         tokens, parent, written));
   }
   CA_RETURN_IF_ERROR(impl_->check_gate_edge("fork", parent, tokens));
-  const std::int32_t num_pages = impl_->pages_for(tokens);
-  const RequestId id = impl_->next_id;
-  try {
-    Request& child = impl_->requests[id];
-    child.length = tokens;
-    child.pages.assign(from->pages.begin(), from->pages.begin() + num_pages);
-    child.written.assign(from->written.size(), tokens);
-    child.tail_stale = tokens % impl_->options().page_tokens != 0;
-  } catch (const std::bad_alloc&) {
-    impl_->requests.erase(id);
-    return out_of_memory(fmt::format("fork: no memory for a page table of {} pages", num_pages));
-  }
-  ++impl_->next_id;
-  for (std::int32_t i = 0; i < num_pages; ++i) {
-    CA_RETURN_IF_ERROR(impl_->allocator.retain(from->pages[static_cast<std::size_t>(i)]));
-  }
+  CA_ASSIGN_OR_RETURN(const RequestId id, impl_->tables.fork(parent, tokens));
+  Request& child = impl_->requests[id];
+  child.written.assign(static_cast<std::size_t>(impl_->options().num_layers), tokens);
+  child.tail_stale = tokens % impl_->options().page_tokens != 0;
   return id;
 }
 
 Status PagedKvCache::truncate(RequestId id, std::int32_t tokens) {
   CA_ASSIGN_OR_RETURN(Request * request, impl_->find("truncate", id));
-  if (tokens < 0 || tokens > request->length) {
-    return invalid_argument(
-        fmt::format("truncate: {} tokens of request {}; allowed: 0 to its length {}", tokens, id, request->length));
-  }
-  if (tokens == request->length) return {};
-  CA_RETURN_IF_ERROR(impl_->check_gate_edge("truncate", id, tokens));
+  CA_ASSIGN_OR_RETURN(const std::int32_t length, impl_->tables.length(id));
+  if (tokens == length) return {};
+  const bool cut = *std::max_element(request->written.begin(), request->written.end()) > tokens;
+  if (cut && tokens >= 0) CA_RETURN_IF_ERROR(impl_->check_gate_edge("truncate", id, tokens));
+  CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> pages, impl_->pages_of(id));
+  CA_RETURN_IF_ERROR(impl_->tables.truncate(id, tokens));
+  impl_->forget_free(pages);
 
-  const auto num_pages = static_cast<std::size_t>(impl_->pages_for(tokens));
-  while (request->pages.size() > num_pages) {
-    CA_RETURN_IF_ERROR(impl_->drop_page(request->pages.back()));
-    request->pages.pop_back();
-  }
-  request->length = tokens;
-  bool cut = false;
-  for (std::int32_t& written : request->written) {
-    cut = cut || written > tokens;
-    written = std::min(written, tokens);
-  }
+  for (std::int32_t& written : request->written) written = std::min(written, tokens);
   const bool incomplete = tokens % impl_->options().page_tokens != 0;
   request->tail_stale = incomplete && (cut || request->tail_stale);
   const bool has_sums = request->open_sums != nullptr || impl_->open_sum_floats() == 0;  // else extend makes them
-  if (request->tail_stale && has_sums && !impl_->tail_shared(*request)) {
-    impl_->rebuild_tail(*request);
+  if (request->tail_stale && has_sums) {
+    const std::int32_t tail = pages[static_cast<std::size_t>(impl_->pages_for(tokens)) - 1];
+    if (impl_->tables.num_holders(tail) == 1) impl_->rebuild_tail(*request, tokens, tail);
   }
   return {};
 }
 
 Status PagedKvCache::release(RequestId id) {
-  CA_ASSIGN_OR_RETURN(Request * request, impl_->find("release", id));
-  // From the back, so that the free list hands the pages out again in logical order.
-  while (!request->pages.empty()) {
-    CA_RETURN_IF_ERROR(impl_->drop_page(request->pages.back()));
-    request->pages.pop_back();
-  }
+  CA_RETURN_IF_ERROR(impl_->find("release", id).status());
+  CA_ASSIGN_OR_RETURN(const std::vector<std::int32_t> pages, impl_->pages_of(id));
+  CA_RETURN_IF_ERROR(impl_->tables.release(id));
+  impl_->forget_free(pages);
   impl_->requests.erase(id);
   return {};
 }
 
 Status PagedKvCache::extend(RequestId id, std::int32_t tokens) {
   CA_ASSIGN_OR_RETURN(Request * request, impl_->find("extend", id));
-  if (tokens < 0) return invalid_argument(fmt::format("extend: {} tokens; allowed: 0 or more", tokens));
-  if (tokens > impl_->max_context() - request->length) {
-    return invalid_argument(fmt::format("extend: request {} of {} tokens by {}; a context holds at most {}", id,
-                                        request->length, tokens, impl_->max_context()));
-  }
-  if (tokens == 0) return {};
-
-  const bool copies_tail = request->tail_stale && impl_->tail_shared(*request);
-  const std::int32_t needed =
-      impl_->pages_for(request->length + tokens) - impl_->pages_for(request->length) + (copies_tail ? 1 : 0);
-  if (needed > impl_->allocator.num_free()) {
-    return impl_->out_of_pages(id, *request, tokens, needed, copies_tail);
-  }
-
-  // Everything that may fail for lack of memory comes before the first change.
-  std::vector<std::int32_t> pages;
-  try {
-    pages.resize(static_cast<std::size_t>(needed));
-    request->pages.reserve(request->pages.size() + pages.size());
-    if (request->open_sums == nullptr && impl_->open_sum_floats() > 0) {
-      request->open_sums.reset(new float[static_cast<std::size_t>(impl_->open_sum_floats())]);
+  CA_ASSIGN_OR_RETURN(const std::int32_t length, impl_->tables.length(id));
+  std::unique_ptr<float[]> sums;
+  if (tokens > 0 && request->open_sums == nullptr && impl_->open_sum_floats() > 0) {
+    sums.reset(new (std::nothrow) float[static_cast<std::size_t>(impl_->open_sum_floats())]);
+    if (sums == nullptr) {
+      return out_of_memory(fmt::format("extend: no memory for the {} bytes of request {}'s running sums",
+                                       impl_->open_sum_floats() * std::int64_t{sizeof(float)}, id));
     }
-  } catch (const std::bad_alloc&) {
-    return out_of_memory(fmt::format("extend: no memory for the {} bytes of request {}'s running sums",
-                                     impl_->open_sum_floats() * std::int64_t{sizeof(float)}, id));
   }
-  if (!impl_->allocator.allocate(pages)) return internal_error("extend: free pages vanished");
-
-  auto fresh = pages.cbegin();
-  if (copies_tail) {
-    impl_->copy_tail(*request, *fresh);
-    CA_RETURN_IF_ERROR(impl_->drop_page(request->pages.back()));
-    request->pages.back() = *fresh++;
-  }
-  if (request->tail_stale) impl_->rebuild_tail(*request);
-  request->pages.insert(request->pages.end(), fresh, pages.cend());
-  request->length += tokens;
+  CA_ASSIGN_OR_RETURN(const PageExtension extension, impl_->tables.extend(id, tokens, request->tail_stale));
+  if (sums != nullptr) request->open_sums = std::move(sums);
+  if (tokens == 0 || !request->tail_stale) return {};
+  CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> pages, impl_->tables.page_table(id));
+  const std::int32_t tail = pages[static_cast<std::size_t>(impl_->pages_for(length)) - 1];
+  if (extension.replaced_page >= 0) impl_->copy_tail(*request, length, extension.replaced_page, tail);
+  impl_->rebuild_tail(*request, length, tail);
   return {};
 }
 
@@ -345,7 +307,8 @@ Status PagedKvCache::write(RequestId id, std::int32_t layer, std::int32_t first_
   const std::int32_t page_tokens = store.options().page_tokens;
   const std::int32_t first_page = first_position / page_tokens;
   const std::int32_t last_page = (first_position + k.tokens - 1) / page_tokens;
-  const PagePart first = impl_->part(*request, first_position, k.tokens, first_page);
+  CA_ASSIGN_OR_RETURN(const std::span<const std::int32_t> pages, impl_->tables.page_table(id));
+  const PagePart first = impl_->part(pages, first_position, k.tokens, first_page);
   if (store.count(layer, first.page) != first.first_token) {
     return internal_error(fmt::format("write: page {} counts {} tokens in layer {}, not {}", first.page,
                                       store.count(layer, first.page), layer, first.first_token));
@@ -366,14 +329,14 @@ Status PagedKvCache::write(RequestId id, std::int32_t layer, std::int32_t first_
     const auto head = static_cast<std::int32_t>(item / items_per_head);
     const auto idx = static_cast<std::int32_t>(item % items_per_head);
     if (idx > 0) {
-      store_part(impl_->part(*request, first_position, k.tokens, first_page + idx), head,
+      store_part(impl_->part(pages, first_position, k.tokens, first_page + idx), head,
                  impl_->scratch_sums.data() + thread * store.sum_floats());
       return;
     }
     float* open_sums = impl_->open_sums(*request, layer, head);
     store_part(first, head, open_sums);
     if (last_page > first_page) {
-      store_part(impl_->part(*request, first_position, k.tokens, last_page), head, open_sums);
+      store_part(impl_->part(pages, first_position, k.tokens, last_page), head, open_sums);
     }
   };
   const std::int64_t num_items = std::int64_t{store.options().num_kv_heads} * items_per_head;
@@ -385,21 +348,17 @@ Status PagedKvCache::write(RequestId id, std::int32_t layer, std::int32_t first_
   }
 
   for (std::int32_t page_idx = first_page; page_idx <= last_page; ++page_idx) {
-    const PagePart part = impl_->part(*request, first_position, k.tokens, page_idx);
+    const PagePart part = impl_->part(pages, first_position, k.tokens, page_idx);
     store.count(layer, part.page) = part.first_token + part.tokens;
   }
   request->written[static_cast<std::size_t>(layer)] = first_position + k.tokens;
   return {};
 }
 
-Result<std::int32_t> PagedKvCache::length(RequestId id) const {
-  CA_ASSIGN_OR_RETURN(const Request* request, impl_->find("length", id));
-  return request->length;
-}
+Result<std::int32_t> PagedKvCache::length(RequestId id) const { return impl_->tables.length(id); }
 
 Result<std::span<const std::int32_t>> PagedKvCache::page_table(RequestId id) const {
-  CA_ASSIGN_OR_RETURN(const Request* request, impl_->find("page_table", id));
-  return std::span<const std::int32_t>(request->pages);
+  return impl_->tables.page_table(id);
 }
 
 PagedKvView PagedKvCache::layer(std::int32_t layer) const noexcept {

@@ -10,9 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "compact/paged_kv.h"
 #include "engine/loader/safetensors.h"
-#include "engine/model/chunk_attention.h"
 #include "engine/model/transformer.h"
 
 namespace compact::engine {
@@ -37,24 +35,21 @@ std::vector<T> read_tensor(const SafetensorsFile& file, const char* name) {
 inline std::vector<float> run_prompt(const Transformer& model, std::span<const std::int32_t> tokens,
                                      std::int32_t chunk_tokens, const SparsityOptions& sparsity, ThreadPool& pool,
                                      std::int32_t page_tokens = 128) {
-  const ModelConfig& config = model.config();
-  auto attention = ChunkAttention::create(sparsity, config.num_hidden_layers, config.num_attention_heads,
-                                          config.num_key_value_heads, model.softmax_scale());
-  EXPECT_TRUE(attention.ok()) << attention.status().message();
-  PagedKvOptions options;
-  options.num_layers = config.num_hidden_layers;
-  options.num_kv_heads = config.num_key_value_heads;
-  options.head_dim = config.head_dim;
+  BatchOptions options;
+  options.max_step_tokens = chunk_tokens;
   options.page_tokens = page_tokens;
   options.num_pages = static_cast<std::int32_t>(tokens.size()) / page_tokens + 1;
-  auto cache = PagedKvCache::create(options);
-  EXPECT_TRUE(cache.ok()) << cache.status().message();
-  const RequestId request = cache->add_request();
+  options.sparsity = sparsity;
+  auto sequence = Sequence::create(model, options);
   std::vector<float> all;
   std::vector<float> logits;
+  if (!sequence.ok()) {
+    ADD_FAILURE() << sequence.status().message();
+    return all;
+  }
   for (std::size_t begin = 0; begin < tokens.size(); begin += static_cast<std::size_t>(chunk_tokens)) {
     const auto chunk = tokens.subspan(begin, std::min(tokens.size() - begin, static_cast<std::size_t>(chunk_tokens)));
-    const Status status = model.forward(chunk, request, false, LogitsOf::kAllTokens, *cache, *attention, pool, logits);
+    const Status status = sequence->forward(chunk, false, LogitsOf::kAllTokens, pool, logits);
     EXPECT_TRUE(status.ok()) << status.message();
     all.insert(all.end(), logits.begin(), logits.end());
   }

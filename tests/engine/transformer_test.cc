@@ -95,7 +95,7 @@ TEST(Transformer, PrefixReuseGivesTheBitsOfAColdRun) {
   for (const std::int32_t shared : {96, 128, 200}) {  // inside a page of 64, at its end, inside another
     auto attention =
         ChunkAttention::create(with_selector("mean-key"), config.num_hidden_layers, config.num_attention_heads,
-                               config.num_key_value_heads, model.softmax_scale());
+                               config.num_key_value_heads, softmax_scale(config));
     ASSERT_TRUE(attention.ok());
     auto cache = PagedKvCache::create({config.num_hidden_layers, config.num_key_value_heads, config.head_dim, 64, 20,
                                        DType::kBF16, KvLayout::kHnd, true});
@@ -104,8 +104,8 @@ TEST(Transformer, PrefixReuseGivesTheBitsOfAColdRun) {
       std::vector<float> logits;
       const auto tokens =
           std::span(prompt).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-      const Status status =
-          model.forward(tokens, request, false, LogitsOf::kAllTokens, *cache, *attention, pool, logits);
+      const BatchPart part{request, tokens, false, LogitsOf::kAllTokens};
+      const Status status = model.forward(std::span(&part, 1), *cache, *attention, pool, logits);
       EXPECT_TRUE(status.ok()) << status.message();
       return logits;
     };
@@ -123,21 +123,19 @@ TEST(Transformer, BadInputIsNamed) {
   const Transformer model = load_tiny("qwen3_tiny");
   const ModelConfig& config = model.config();
   ThreadPool pool(1);
-  auto attention = ChunkAttention::create(with_selector("dense"), config.num_hidden_layers, config.num_attention_heads,
-                                          config.num_key_value_heads, model.softmax_scale());
-  ASSERT_TRUE(attention.ok());
-  auto cache = PagedKvCache::create({config.num_hidden_layers, config.num_key_value_heads, config.head_dim, 16, 100,
-                                     DType::kF32, KvLayout::kHnd, true});
-  ASSERT_TRUE(cache.ok());
-  const RequestId request = cache->add_request();
+  BatchOptions options;
+  options.page_tokens = 16;
+  options.num_pages = 100;
+  auto sequence = Sequence::create(model, options);
+  ASSERT_TRUE(sequence.ok()) << sequence.status().message();
   std::vector<float> logits;
   const std::vector<std::int32_t> outside = {1, config.vocab_size};
-  Status status = model.forward(outside, request, false, LogitsOf::kLastToken, *cache, *attention, pool, logits);
+  Status status = sequence->forward(outside, false, LogitsOf::kLastToken, pool, logits);
   EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("token id 80"), std::string::npos) << status.message();
 
   const std::vector<std::int32_t> too_long(static_cast<std::size_t>(config.max_position_embeddings) + 1, 1);
-  status = model.forward(too_long, request, false, LogitsOf::kLastToken, *cache, *attention, pool, logits);
+  status = sequence->forward(too_long, false, LogitsOf::kLastToken, pool, logits);
   EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("needs 513 positions"), std::string::npos) << status.message();
 
@@ -189,7 +187,8 @@ TEST(Layers, RopeRotatesPairsHalfAHeadApart) {
   ThreadPool pool(1);
   std::vector<float> x = {1, 0, 0, 1};  // pairs (0, 2) and (1, 3)
   const float quarter_turn = std::acos(-1.0F) / 2;
-  apply_rope(make_rope_table({quarter_turn, 0}, 1, 1), contiguous_rows(x.data(), 1, 1, 4), pool);
+  apply_rope(make_rope_table({quarter_turn, 0}, std::vector<std::int32_t>{1}), contiguous_rows(x.data(), 1, 1, 4),
+             pool);
   EXPECT_NEAR(x[0], 0, 1e-6F);
   EXPECT_NEAR(x[2], 1, 1e-6F);
   EXPECT_EQ(x[1], 0);

@@ -56,9 +56,9 @@ std::unique_ptr<Model> load(const std::string& directory) {
   return std::move(model).value();
 }
 
-SequenceOptions options_for(std::size_t tokens, std::int32_t chunk, std::int32_t page_tokens = 128) {
-  SequenceOptions options;
-  options.max_chunk_tokens = chunk;
+BatchOptions options_for(std::size_t tokens, std::int32_t chunk, std::int32_t page_tokens = 128) {
+  BatchOptions options;
+  options.max_step_tokens = chunk;
   options.page_tokens = page_tokens;
   options.num_pages = static_cast<std::int32_t>(tokens) / page_tokens + 1;
   options.kv_dtype = DType::kBF16;
@@ -67,23 +67,23 @@ SequenceOptions options_for(std::size_t tokens, std::int32_t chunk, std::int32_t
 }
 
 // Logits of every position, and what the layers did.
-std::vector<float> run_prompt(const Model& model, std::span<const std::int32_t> tokens, const SequenceOptions& options,
+std::vector<float> run_prompt(const Model& model, std::span<const std::int32_t> tokens, const BatchOptions& options,
                               std::vector<LayerReport>* reports = nullptr) {
   ThreadPool pool;
-  auto sequence = model.start(options);
+  auto sequence = Sequence::create(model, options);
   if (!sequence.ok()) {
     ADD_FAILURE() << sequence.status().message();
     return {};
   }
   std::vector<float> all, logits;
-  const auto chunk = static_cast<std::size_t>(options.max_chunk_tokens);
+  const auto chunk = static_cast<std::size_t>(options.max_step_tokens);
   for (std::size_t begin = 0; begin < tokens.size(); begin += chunk) {
-    const Status status = (*sequence)->forward(tokens.subspan(begin, std::min(chunk, tokens.size() - begin)), false,
-                                               LogitsOf::kAllTokens, pool, logits);
+    const Status status = sequence->forward(tokens.subspan(begin, std::min(chunk, tokens.size() - begin)), false,
+                                            LogitsOf::kAllTokens, pool, logits);
     EXPECT_TRUE(status.ok()) << status.message();
     all.insert(all.end(), logits.begin(), logits.end());
   }
-  auto done = (*sequence)->take_reports();
+  auto done = sequence->batch().take_reports();
   EXPECT_TRUE(done.ok()) << done.status().message();
   if (reports != nullptr && done.ok()) *reports = std::move(done).value();
   return all;
@@ -147,7 +147,7 @@ TEST(EngineGpu, ReadsThePagesThatTheCpuReads) {
   ASSERT_TRUE(gpu != nullptr && cpu.ok());
   const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
   for (const UnionMode mode : {UnionMode::kPaper, UnionMode::kTile}) {
-    SequenceOptions options = options_for(golden.tokens.size(), 70, 16);
+    BatchOptions options = options_for(golden.tokens.size(), 70, 16);
     options.sparsity.selector.name = "random";
     options.sparsity.selector.random.share = 0.3F;
     options.sparsity.forced = {.sink_tokens = 16, .window_tokens = 32};
@@ -291,7 +291,7 @@ TEST(EngineGpu, OtherSelectorsReadAsManyPagesAsOnTheCpu) {
 TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
   const auto model = load("tests/golden/llama31_d64");
   ASSERT_NE(model, nullptr);
-  SequenceOptions options = options_for(300, 128);
+  BatchOptions options = options_for(300, 128);
   const auto start = [&] { return model->start(options).status(); };
   options.kv_dtype = DType::kF32;
   EXPECT_EQ(start().code(), StatusCode::kUnsupported);
@@ -301,12 +301,12 @@ TEST(EngineGpu, ErrorsAreNamedAndTheNextRequestGoesOn) {
   EXPECT_NE(start().message().find("KV cache"), std::string::npos) << start().message();
 
   options.num_pages = 1;
-  auto sequence = model->start(options);
+  auto sequence = Sequence::create(*model, options);
   ASSERT_TRUE(sequence.ok()) << sequence.status().message();
   ThreadPool pool(1);
   std::vector<float> logits;
   const auto forward = [&](std::vector<std::int32_t> tokens) {
-    return (*sequence)->forward(tokens, false, LogitsOf::kLastToken, pool, logits);
+    return sequence->forward(tokens, false, LogitsOf::kLastToken, pool, logits);
   };
   EXPECT_EQ(forward({96}).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(forward({-1}).code(), StatusCode::kInvalidArgument);
@@ -325,10 +325,10 @@ struct BatchRun {
 };
 
 BatchRun run_batch(const Model& model, const std::vector<std::vector<std::int32_t>>& prompts, const Schedule& schedule,
-                   const SequenceOptions& options) {
+                   const BatchOptions& options) {
   BatchRun run;
   run.logits.resize(prompts.size());
-  auto batch = model.start_batch(static_cast<std::int32_t>(prompts.size()), options);
+  auto batch = model.start(options);
   if (!batch.ok()) {
     ADD_FAILURE() << batch.status().message();
     return run;
@@ -336,11 +336,17 @@ BatchRun run_batch(const Model& model, const std::vector<std::vector<std::int32_
   ThreadPool pool(2);
   const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
   std::vector<std::size_t> done(prompts.size(), 0);
+  std::vector<RequestId> requests(prompts.size(), -1);  // a request comes with its first chunk and goes with its last
   for (const std::vector<std::size_t>& step : schedule) {
-    std::vector<std::span<const std::int32_t>> tokens;
-    for (std::size_t b = 0; b < prompts.size(); ++b) tokens.push_back(std::span(prompts[b]).subspan(done[b], step[b]));
+    std::vector<BatchPart> parts;
+    for (std::size_t b = 0; b < prompts.size(); ++b) {
+      if (step[b] == 0) continue;
+      if (done[b] == 0) requests[b] = (*batch)->add_request({}).value();
+      const auto tokens = std::span(prompts[b]).subspan(done[b], step[b]);
+      parts.push_back({requests[b], tokens, step[b] == 1, LogitsOf::kAllTokens});
+    }
     std::vector<float> logits;
-    const Status status = (*batch)->forward(tokens, false, LogitsOf::kAllTokens, pool, logits);
+    const Status status = (*batch)->forward(parts, pool, logits);
     EXPECT_TRUE(status.ok()) << status.message();
     auto row = logits.begin();
     for (std::size_t b = 0; b < prompts.size(); ++b) {
@@ -348,36 +354,45 @@ BatchRun run_batch(const Model& model, const std::vector<std::vector<std::int32_
       run.logits[b].insert(run.logits[b].end(), row, end);
       row = end;
       done[b] += step[b];
+      if (step[b] == 0 || done[b] < prompts[b].size()) continue;
+      EXPECT_TRUE((*batch)->release(requests[b]).ok());
     }
     EXPECT_TRUE(row == logits.end());
   }
+  EXPECT_EQ((*batch)->tables().num_free_pages(), options.num_pages);
   auto reports = (*batch)->take_reports();
   EXPECT_TRUE(reports.ok()) << reports.status().message();
   if (reports.ok()) run.reports = std::move(reports).value();
   return run;
 }
 
-// Requests of different lengths, chunks and places, some below the context from which chunks are selected: logits,
-// reasons and sums are those of lone runs.
+// Requests of different lengths, chunks and places that come and go, some below the context from which chunks are
+// selected, decode steps beside chunks: logits, reasons and sums are those of lone runs.
 TEST(EngineGpu, ABatchGivesWhatItsRequestsGiveAlone) {
   for (const char* const directory : {"tests/golden/qwen3_d128", "tests/golden/qwen3_moe"}) {
     const auto model = load(directory);
     ASSERT_NE(model, nullptr);
     const Golden golden = read_golden(std::string(directory) + "/logits.safetensors");
     const std::vector<std::int32_t>& all = golden.tokens;
+    ASSERT_EQ(all.size(), 300U);
+    // The last one comes when the second is gone: pages and rows of the table change hands.
     const std::vector<std::vector<std::int32_t>> prompts = {
-        all, {all.begin() + 40, all.begin() + 250}, {all.begin(), all.begin() + 81}, {}};
-    const Schedule schedule = {{70, 0, 0, 0}, {100, 45, 0, 0}, {0, 90, 80, 0}, {100, 75, 0, 0}, {30, 0, 1, 0}};
+        all, {all.begin() + 40, all.begin() + 250}, {all.begin(), all.begin() + 82}, {all.begin() + 9, all.end()}};
+    const Schedule schedule = {{70, 0, 0, 0},  {100, 45, 0, 0}, {0, 90, 80, 0}, {99, 75, 0, 0},
+                               {30, 0, 1, 90}, {0, 0, 0, 90},   {1, 0, 1, 100}, {0, 0, 0, 11}};
     for (const std::string selector : {"dense", "random", "mean-key"}) {
       SCOPED_TRACE(std::string(directory) + " " + selector);
-      SequenceOptions options = options_for(all.size(), 100, 16);
+      BatchOptions options = options_for(all.size(), 300, 16);
+      options.max_requests = 3;
+      options.max_request_pages = options.num_pages;
+      options.num_pages = 45;
       options.sparsity.selector.name = selector;
       options.sparsity.selector.random.share = 0.3F;
       options.sparsity.forced = {.sink_tokens = 16, .window_tokens = 32};
       options.sparsity.crossover = {.min_context_tokens = 150, .margin_1024ths = -1024};
       const BatchRun together = run_batch(*model, prompts, schedule, options);
       std::vector<LayerReport> alone(together.reports.size());
-      for (std::size_t b = 0; b + 1 < prompts.size(); ++b) {
+      for (std::size_t b = 0; b < prompts.size(); ++b) {
         Schedule own;
         for (const std::vector<std::size_t>& step : schedule) own.push_back({step[b]});
         const BatchRun run = run_batch(*model, {prompts[b]}, own, options);
@@ -394,7 +409,6 @@ TEST(EngineGpu, ABatchGivesWhatItsRequestsGiveAlone) {
           }
         }
       }
-      EXPECT_TRUE(together.logits.back().empty());
       for (std::size_t layer = 0; layer < alone.size(); ++layer) {
         const LayerReport& seen = together.reports[layer];
         EXPECT_EQ(seen.chunks_by_reason, alone[layer].chunks_by_reason) << "layer " << layer;
@@ -407,35 +421,81 @@ TEST(EngineGpu, ABatchGivesWhatItsRequestsGiveAlone) {
   }
 }
 
+// Pages that are held beyond their request begin others: logits are those of the run that computed them.
+TEST(EngineGpu, APrefixThatIsHeldGivesTheLogitsOfAColdRun) {
+  const auto model = load("tests/golden/qwen3_d128");
+  ASSERT_NE(model, nullptr);
+  const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
+  for (const std::string selector : {"dense", "mean-key", "sub-mean"}) {
+    BatchOptions options = options_for(golden.tokens.size(), 300, 16);
+    options.num_pages = 60;
+    options.max_requests = 2;
+    options.sparsity.selector.name = selector;
+    options.sparsity.forced = {.sink_tokens = 16, .window_tokens = 32};
+    options.sparsity.crossover = {.min_context_tokens = 0, .margin_1024ths = -1024};
+    auto batch = model->start(options);
+    ASSERT_TRUE(batch.ok()) << batch.status().message();
+    ThreadPool pool(1);
+    const auto forward = [&](RequestId request, std::size_t begin, std::size_t end) {
+      std::vector<float> logits;
+      const BatchPart part{request, std::span(golden.tokens).subspan(begin, end - begin), false, LogitsOf::kAllTokens};
+      const Status status = (*batch)->forward(std::span(&part, 1), pool, logits);
+      EXPECT_TRUE(status.ok()) << status.message();
+      return logits;
+    };
+    const RequestId cold = (*batch)->add_request({}).value();
+    forward(cold, 0, 160);
+    const auto table = (*batch)->tables().page_table(cold).value();
+    const std::vector<std::int32_t> pages(table.begin(), table.end());
+    for (const std::int32_t page : pages) ASSERT_TRUE((*batch)->hold_page(page).ok());
+    const std::vector<float> expected = forward(cold, 160, 260);
+    ASSERT_TRUE((*batch)->release(cold).ok());
+    const RequestId stranger = (*batch)->add_request({}).value();  // takes the pages that are free
+    forward(stranger, 40, 300);
+    const RequestId warm = (*batch)->add_request(pages).value();
+    EXPECT_EQ(forward(warm, 160, 260), expected) << selector;
+    ASSERT_TRUE((*batch)->release(warm).ok());
+    ASSERT_TRUE((*batch)->release(stranger).ok());
+    for (const std::int32_t page : pages) ASSERT_TRUE((*batch)->drop_page(page).ok());
+    EXPECT_EQ((*batch)->tables().num_free_pages(), 60);
+  }
+}
+
 TEST(EngineGpu, BatchErrorsAreNamedAndNothingRan) {
   const auto model = load("tests/golden/llama31_d64");
-  const auto cpu = Transformer::load("tests/golden/llama31_d64");
-  ASSERT_TRUE(model != nullptr && cpu.ok());
-  SequenceOptions options = options_for(300, 128);
-  EXPECT_EQ(cpu->start_batch(2, options).status().code(), StatusCode::kUnsupported);
-  EXPECT_EQ(model->start_batch(0, options).status().code(), StatusCode::kInvalidArgument);
-  options.num_pages = 1 << 21;
-  const Status too_large = model->start_batch(4, options).status();
+  ASSERT_NE(model, nullptr);
+  BatchOptions options = options_for(300, 128);
+  options.max_step_tokens = 256;
+  options.max_requests = 0;
+  EXPECT_EQ(model->start(options).status().code(), StatusCode::kInvalidArgument);
+  options.max_requests = 2;
+  options.num_pages = 1 << 23;
+  const Status too_large = model->start(options).status();
   EXPECT_EQ(too_large.code(), StatusCode::kOutOfMemory);
-  EXPECT_NE(too_large.message().find("KV caches of"), std::string::npos) << too_large.message();
-  options.num_pages = 1;
+  EXPECT_NE(too_large.message().find("KV cache of"), std::string::npos) << too_large.message();
+  options.num_pages = 2;
   options.sparsity.trace_pages = true;
-  EXPECT_EQ(model->start_batch(2, options).status().code(), StatusCode::kUnsupported);
+  EXPECT_EQ(model->start(options).status().code(), StatusCode::kUnsupported);
   options.sparsity.trace_pages = false;
-  auto batch = model->start_batch(2, options);
+  auto batch = model->start(options);
   ASSERT_TRUE(batch.ok()) << batch.status().message();
   ThreadPool pool(1);
   std::vector<float> logits;
   const std::vector<std::int32_t> some(100, 5), more(29, 5);
-  const auto forward = [&](std::vector<std::span<const std::int32_t>> tokens) {
-    return (*batch)->forward(tokens, false, LogitsOf::kLastToken, pool, logits);
+  const RequestId a = (*batch)->add_request({}).value();
+  const RequestId b = (*batch)->add_request({}).value();
+  EXPECT_FALSE((*batch)->add_request({}).ok());
+  const auto forward = [&](std::vector<BatchPart> parts) {
+    for (BatchPart& part : parts) part.logits = LogitsOf::kLastToken;
+    return (*batch)->forward(parts, pool, logits);
   };
-  EXPECT_EQ(forward({some}).code(), StatusCode::kInvalidArgument);
-  EXPECT_TRUE(forward({some, some}).ok());
+  EXPECT_TRUE(forward({{a, some}, {b, some}}).ok());
   EXPECT_EQ(logits.size(), 2 * 96U);
-  EXPECT_EQ(forward({std::span(more).first(28), more}).code(), StatusCode::kOutOfMemory);
-  EXPECT_TRUE(forward({std::span(more).first(28), {}}).ok());  // the first request is as long as before the error
+  EXPECT_EQ(forward({{a, std::span(more).first(28)}, {b, more}}).code(), StatusCode::kOutOfMemory);
+  EXPECT_TRUE(forward({{a, std::span(more).first(28)}}).ok());  // the first request is as long as before the error
   EXPECT_EQ(logits.size(), 96U);
+  ASSERT_TRUE((*batch)->release(a).ok());
+  EXPECT_TRUE(forward({{b, more}}).ok());  // on a page of the one that left
 }
 
 // An observer sees the queries and the cache that the CPU backend shows it, to the rounding of bf16.
@@ -444,11 +504,11 @@ TEST(EngineGpu, ObserversSeeWhatTheCpuShows) {
   const auto cpu = Transformer::load("tests/golden/qwen3_d128");
   ASSERT_TRUE(gpu != nullptr && cpu.ok());
   const Golden golden = read_golden("tests/golden/qwen3_d128/logits.safetensors");
-  SequenceOptions options = options_for(golden.tokens.size(), 70, 16);
+  BatchOptions options = options_for(golden.tokens.size(), 70, 16);
   options.extra.mean_k = true;
   std::vector<std::vector<float>> seen;  // of the first layer, [model]: queries and means of complete pages
   for (const Model* model : {static_cast<const Model*>(gpu.get()), static_cast<const Model*>(&*cpu)}) {
-    auto sequence = model->start(options);
+    auto sequence = Sequence::create(*model, options);
     ASSERT_TRUE(sequence.ok()) << sequence.status().message();
     std::vector<float>& values = seen.emplace_back();
     const auto observer = [&](const AttentionStep& step) -> Status {
@@ -465,14 +525,13 @@ TEST(EngineGpu, ObserversSeeWhatTheCpuShows) {
       }
       return {};
     };
-    ASSERT_TRUE((*sequence)->observe(observer).ok());
+    ASSERT_TRUE(sequence->batch().observe(observer).ok());
     ThreadPool pool(2);
     std::vector<float> logits;
     const std::span<const std::int32_t> tokens = golden.tokens;
     for (std::size_t begin = 0; begin < tokens.size(); begin += 70) {
-      const Status status =
-          (*sequence)->forward(tokens.subspan(begin, std::min<std::size_t>(70, tokens.size() - begin)), false,
-                               LogitsOf::kNone, pool, logits);
+      const Status status = sequence->forward(tokens.subspan(begin, std::min<std::size_t>(70, tokens.size() - begin)),
+                                              false, LogitsOf::kNone, pool, logits);
       ASSERT_TRUE(status.ok()) << status.message();
     }
   }

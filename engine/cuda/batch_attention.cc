@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "engine/cuda/sequence.h"
+#include "engine/cuda/batch.h"
 
 namespace compact::engine {
 namespace {
@@ -13,7 +13,7 @@ using Moment = LayerLog::Moment;
 
 }  // namespace
 
-CudaSelectInput CudaSequence::select_input(std::int32_t rows, std::int32_t layer) const noexcept {
+CudaSelectInput CudaBatch::select_input(std::int32_t rows, std::int32_t layer) const noexcept {
   const CudaAttentionInput queries = attention_input(rows, layer, {});
   const float* const thresholds =
       thresholds_.bytes() == 0 ? nullptr : thresholds_.as<float>() + std::int64_t{layer} * mask_shape_.mask_heads;
@@ -43,8 +43,8 @@ CudaSelectInput CudaSequence::select_input(std::int32_t rows, std::int32_t layer
           .head_thresholds = thresholds};
 }
 
-CudaAttentionInput CudaSequence::attention_input(std::int32_t rows, std::int32_t layer,
-                                                 const Lists& lists) const noexcept {
+CudaAttentionInput CudaBatch::attention_input(std::int32_t rows, std::int32_t layer,
+                                              const Lists& lists) const noexcept {
   const ModelConfig& c = *config_;
   return {.q = qkv_.data(),
           .q_token_stride = std::int64_t{c.num_attention_heads + 2 * c.num_key_value_heads} * c.head_dim,
@@ -52,16 +52,16 @@ CudaAttentionInput CudaSequence::attention_input(std::int32_t rows, std::int32_t
           .num_q_tokens = rows,
           .num_q_heads = c.num_attention_heads,
           .kv = layer_view(layer),
-          .units = units_.as<AttentionUnit>(),
+          .units = lists.memory == nullptr ? nullptr : lists.memory->units.as<AttentionUnit>(),
           .num_units = lists.num_units,
-          .page_ids = page_ids_.as<std::int32_t>(),
+          .page_ids = lists.memory == nullptr ? nullptr : lists.memory->page_ids.as<std::int32_t>(),
           .max_units = lists.max_units,
           .heads_per_unit = lists.heads_per_unit,
           .softmax_scale = softmax_scale(c)};
 }
 
 // Queries and keys normed and rotated, K and V into pages, and what selectors read beside them.
-Status CudaSequence::append(const Chunk& chunk, std::int32_t layer) {
+Status CudaBatch::append(const Step& step, std::int32_t layer) {
   const ModelConfig& c = *config_;
   const CudaBlock& block = model_->weights().blocks()[static_cast<std::size_t>(layer)];
   const PagedKvView kv = layer_view(layer);
@@ -87,105 +87,91 @@ Status CudaSequence::append(const Chunk& chunk, std::int32_t layer) {
     // Gates read both before RoPE: keys lie in the pages for a moment as normed, queries are normed for good.
     CudaAppendInput normed = append;
     normed.rope_table = nullptr;
-    CA_RETURN_IF_ERROR(append_cuda(chunk.step, normed, kv, nullptr, nullptr, stream_.get()));
-    CA_RETURN_IF_ERROR(gate_pools_cuda(chunk.step, kv, summaries, stream_.get()));
+    CA_RETURN_IF_ERROR(append_cuda(step.all, normed, kv, nullptr, nullptr, stream_.get()));
+    CA_RETURN_IF_ERROR(gate_pools_cuda(step.all, kv, summaries, stream_.get()));
     const std::size_t row_bytes = static_cast<std::size_t>(c.num_attention_heads * c.head_dim) * sizeof(Bf16Bits);
     CA_RETURN_IF_ERROR(cuda_status(
         cudaMemcpy2DAsync(q_pre_.data(), row_bytes, q, static_cast<std::size_t>(token_stride) * sizeof(Bf16Bits),
-                          row_bytes, static_cast<std::size_t>(chunk.rows), cudaMemcpyDeviceToDevice, stream_.get()),
+                          row_bytes, static_cast<std::size_t>(step.rows), cudaMemcpyDeviceToDevice, stream_.get()),
         "queries before RoPE"));
     append.q_norm = nullptr;
   }
   CA_RETURN_IF_ERROR(
-      append_cuda(chunk.step, append, kv, summaries.mean_k, mean_tokens_.as<std::int32_t>(), stream_.get()));
-  return page_summaries_cuda(chunk.step, kv, summaries, stream_.get());
+      append_cuda(step.all, append, kv, summaries.mean_k, mean_tokens_.as<std::int32_t>(), stream_.get()));
+  return page_summaries_cuda(step.all, kv, summaries, stream_.get());
 }
 
-Status CudaSequence::attend(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
-  const ModelConfig& c = *config_;
-  const PagedKvView kv = layer_view(layer);
-  const CudaAttentionInput queries = attention_input(chunk.rows, layer, {});
+Status CudaBatch::attend(const Step& step, std::int32_t layer, ThreadPool& pool) {
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAppend, stream_.get()));
-  CA_RETURN_IF_ERROR(append(chunk, layer));
-  if (mirrors_ && chunk.parts.front().reason != DenseReason::kRequested) {
-    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, queries.q, queries.q_token_stride, kv, stream_, pool));
+  CA_RETURN_IF_ERROR(append(step, layer));
+  if (mirrors_ && step.parts.front().reason != DenseReason::kRequested) {
+    const CudaAttentionInput queries = attention_input(step.rows, layer, {});
+    CA_RETURN_IF_ERROR(mirror_.copy_layer(layer, queries.q, queries.q_token_stride, queries.kv, stream_, pool));
     if (observer_) {
-      CA_RETURN_IF_ERROR(observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(c), pool}));
-    }
-  }
-  CA_ASSIGN_OR_RETURN(const Lists lists, choose_pages(chunk, layer, pool));
-  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAttend, stream_.get()));
-  const CudaAttentionOutput output{.o = attended_.data(),
-                                   .o_token_stride = std::int64_t{c.num_attention_heads} * c.head_dim,
-                                   .o_head_stride = c.head_dim,
-                                   .error = errors_.as<std::int32_t>() + 1};
-  CA_RETURN_IF_ERROR(attend_cuda(attention_input(chunk.rows, layer, lists), output, {}, attention_workspace_.data(),
-                                 attention_workspace_.bytes(), stream_.get()));
-  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kEnd, stream_.get()));
-  return options_.sparsity.trace_pages ? trace(layer, lists) : Status();
-}
-
-// In a chunk of which parts are dense their rows of the mask get all bits, whatever was selected.
-Status CudaSequence::keep_all_pages_of_dense_parts(const Chunk& chunk) {
-  const std::int32_t block_tokens = chunk.sizes.block_tokens;
-  const std::size_t row_bytes = static_cast<std::size_t>(chunk.sizes.words_per_row) * sizeof(std::uint64_t);
-  const std::size_t head_bytes = static_cast<std::size_t>(chunk.sizes.max_blocks) * row_bytes;
-  std::int32_t block = 0;
-  for (const Part& part : chunk.parts) {
-    if (part.view.chunk_tokens == 0) continue;
-    // Edges of blocks lie at absolute multiples.
-    const std::int32_t num_blocks =
-        (part.view.context_tokens() + block_tokens - 1) / block_tokens - part.view.chunk_start / block_tokens;
-    if (part.reason != DenseReason::kNone && row_bytes > 0) {
       CA_RETURN_IF_ERROR(
-          cuda_status(cudaMemset2DAsync(mask_.as<char>() + static_cast<std::size_t>(block) * row_bytes, head_bytes,
-                                        0xff, static_cast<std::size_t>(num_blocks) * row_bytes,
-                                        static_cast<std::size_t>(mask_shape_.mask_heads), stream_.get()),
-                      "page masks"));
+          observer_({layer, mirror_.chunk(), mirror_.q(), mirror_.cache(), softmax_scale(*config_), pool}));
     }
-    block += num_blocks;
   }
-  return {};
+  std::vector<Lists> all_lists;
+  if (step.chosen.num_parts > 0) {
+    CA_ASSIGN_OR_RETURN(all_lists.emplace_back(), choose_pages(step, layer, pool));
+  }
+  if (step.dense.num_parts > 0) {
+    CA_ASSIGN_OR_RETURN(all_lists.emplace_back(), take_all_pages(step, layer));
+  }
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kAttend, stream_.get()));
+  for (const Lists& lists : all_lists) CA_RETURN_IF_ERROR(attend_lists(step, layer, lists));
+  CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kEnd, stream_.get()));
+  // Of one request: there are no other lists.
+  return options_.sparsity.trace_pages ? trace(layer, all_lists.front()) : Status();
 }
 
-Status CudaSequence::unite(const Chunk& chunk, const DeviceBuffer& mask, UnionStats* stats) {
-  const CudaPageLists lists{units_.as<AttentionUnit>(), num_units_.as<std::int32_t>(), page_ids_.as<std::int32_t>(),
-                            stats};
-  return build_page_lists_cuda(chunk.step, mask.as<std::uint64_t>(), lists, step_workspace_.data(),
-                               step_workspace_.bytes(), stream_.get());
+Status CudaBatch::attend_lists(const Step& step, std::int32_t layer, const Lists& lists) {
+  const CudaAttentionOutput output{.o = attended_.data(),
+                                   .o_token_stride = std::int64_t{config_->num_attention_heads} * config_->head_dim,
+                                   .o_head_stride = config_->head_dim,
+                                   .error = errors_.as<std::int32_t>() + 1};
+  return attend_cuda(attention_input(step.rows, layer, lists), output, {}, attention_workspace_.data(),
+                     attention_workspace_.bytes(), stream_.get());
 }
 
-Result<CudaSequence::Lists> CudaSequence::choose_pages(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
-  if (chunk.dense) {
-    if (layer == 0) {
-      CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
-      CA_RETURN_IF_ERROR(unite(chunk, all_pages_, dense_stats_.as<UnionStats>()));
-    }
-    for (const Part& part : chunk.parts) {
-      if (part.view.chunk_tokens == 0) continue;
-      const std::int64_t row_pages = std::int64_t{part.view.chunk_tokens} * config_->num_attention_heads *
-                                     part.view.num_past_pages(options_.page_tokens);
-      const UnionStats all{row_pages, row_pages, row_pages};
-      log_.count(layer, part.reason, &all);
-    }
-    return device_lists(chunk.sizes);
+// Lists of all pages are the same in every layer.
+Result<CudaBatch::Lists> CudaBatch::take_all_pages(const Step& step, std::int32_t layer) {
+  if (layer == 0) {
+    if (step.chosen.num_parts == 0) CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
+    const CudaPageLists lists{dense_.units.as<AttentionUnit>(), dense_.num_units.as<std::int32_t>(),
+                              dense_.page_ids.as<std::int32_t>(), dense_.stats.as<UnionStats>()};
+    CA_RETURN_IF_ERROR(build_dense_lists_cuda(step.dense.step, lists, dense_.workspace.data(), dense_.workspace.bytes(),
+                                              stream_.get()));
   }
+  for (const Part& part : step.parts) {
+    if (part.reason == DenseReason::kNone) continue;
+    const std::int64_t row_pages = std::int64_t{part.view.chunk_tokens} * config_->num_attention_heads *
+                                   part.view.num_past_pages(options_.page_tokens);
+    const UnionStats all{row_pages, row_pages, row_pages};
+    log_.count(layer, part.reason, &all);
+  }
+  return device_lists(dense_, step.dense.sizes);
+}
+
+Result<CudaBatch::Lists> CudaBatch::choose_pages(const Step& step, std::int32_t layer, ThreadPool& pool) {
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kSelect, stream_.get()));
-  if (host_selector_ != nullptr) return choose_on_host(chunk, layer, pool);
-  CA_RETURN_IF_ERROR(select_cuda(chunk.step, select_input(chunk.rows, layer), mask_.as<std::uint64_t>(),
-                                 log_.nonfinite_rows(layer), step_workspace_.data(), step_workspace_.bytes(),
+  if (host_selector_ != nullptr) return choose_on_host(layer, step, pool);
+  const Group& group = step.chosen;
+  CA_RETURN_IF_ERROR(select_cuda(group.step, select_input(step.rows, layer), mask_.as<std::uint64_t>(),
+                                 log_.nonfinite_rows(layer), chosen_.workspace.data(), chosen_.workspace.bytes(),
                                  select_workspace_.data(), select_workspace_.bytes(), stream_.get()));
-  CA_RETURN_IF_ERROR(keep_all_pages_of_dense_parts(chunk));
   CA_RETURN_IF_ERROR(log_.mark(layer, Moment::kUnite, stream_.get()));
-  for (const Part& part : chunk.parts) {
-    if (part.view.chunk_tokens > 0) log_.count(layer, part.reason, nullptr);
-  }
-  CA_RETURN_IF_ERROR(unite(chunk, mask_, log_.stats(layer)));
-  return device_lists(chunk.sizes);
+  for (std::int32_t i = 0; i < group.num_parts; ++i) log_.count(layer, DenseReason::kNone, nullptr);
+  const CudaPageLists lists{chosen_.units.as<AttentionUnit>(), chosen_.num_units.as<std::int32_t>(),
+                            chosen_.page_ids.as<std::int32_t>(), log_.stats(layer, group.sizes.num_stats)};
+  CA_RETURN_IF_ERROR(build_page_lists_cuda(group.step, mask_.as<std::uint64_t>(), lists, chosen_.workspace.data(),
+                                           chosen_.workspace.bytes(), stream_.get()));
+  return device_lists(chosen_, group.sizes);
 }
 
 // Selection and union by the CPU backend, on the copy of the cache; only the lists go back.
-Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std::int32_t layer, ThreadPool& pool) {
+Result<CudaBatch::Lists> CudaBatch::choose_on_host(std::int32_t layer, const Step& step, ThreadPool& pool) {
   const PagedKvCache& cache = mirror_.cache();
   const std::span<const ChunkView> chunks(&mirror_.chunk(), 1);
   const SelectInput input{chunks,
@@ -210,9 +196,10 @@ Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std
   LayerReport& report = log_.report(layer);
   report.selected_on_host = true;
   report.nonfinite_rows += host_mask_.nonfinite_rows;
-  log_.count(layer, chunk.parts.front().reason, &host_lists_.chunk_stats.front());
+  log_.count(layer, DenseReason::kNone, &host_lists_.chunk_stats.front());
 
   Lists lists;
+  lists.memory = &chosen_;
   lists.max_units = static_cast<std::int32_t>(host_lists_.units.size());
   lists.heads_per_unit = host_lists_.heads_per_unit;
   const auto upload = [this](DeviceBuffer& buffer, const void* from, std::size_t bytes) -> Status {
@@ -220,17 +207,17 @@ Result<CudaSequence::Lists> CudaSequence::choose_on_host(const Chunk& chunk, std
     return cuda_status(cudaMemcpyAsync(buffer.data(), from, bytes, cudaMemcpyHostToDevice, stream_.get()),
                        "page lists");
   };
-  CA_RETURN_IF_ERROR(upload(units_, host_lists_.units.data(), host_lists_.units.size() * sizeof(AttentionUnit)));
+  CA_RETURN_IF_ERROR(upload(chosen_.units, host_lists_.units.data(), host_lists_.units.size() * sizeof(AttentionUnit)));
   CA_RETURN_IF_ERROR(
-      upload(page_ids_, host_lists_.page_ids.data(), host_lists_.page_ids.size() * sizeof(std::int32_t)));
+      upload(chosen_.page_ids, host_lists_.page_ids.data(), host_lists_.page_ids.size() * sizeof(std::int32_t)));
   CA_ASSIGN_OR_RETURN(const std::int64_t bytes,
-                      attend_cuda_workspace_bytes(attention_input(chunk.rows, layer, lists), {}));
+                      attend_cuda_workspace_bytes(attention_input(step.rows, layer, lists), {}));
   CA_RETURN_IF_ERROR(grow(attention_workspace_, bytes, "the attention's workspace"));
   return lists;
 }
 
-// Physical pages are logical pages here.
-Status CudaSequence::trace(std::int32_t layer, const Lists& lists) {
+// Physical pages are logical pages here: one request, and the first pages that are free are its.
+Status CudaBatch::trace(std::int32_t layer, const Lists& lists) {
   CA_RETURN_IF_ERROR(stream_.synchronize("the page lists"));
   const auto read = [](void* to, const void* from, std::size_t bytes) {
     return cuda_status(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "the page lists");
@@ -238,7 +225,7 @@ Status CudaSequence::trace(std::int32_t layer, const Lists& lists) {
   std::int32_t num_units = lists.max_units;
   if (lists.num_units != nullptr) CA_RETURN_IF_ERROR(read(&num_units, lists.num_units, sizeof(num_units)));
   std::vector<AttentionUnit> units(static_cast<std::size_t>(num_units));
-  CA_RETURN_IF_ERROR(read(units.data(), units_.data(), units.size() * sizeof(AttentionUnit)));
+  CA_RETURN_IF_ERROR(read(units.data(), lists.memory->units.data(), units.size() * sizeof(AttentionUnit)));
   std::vector<std::vector<std::int32_t>> pages(static_cast<std::size_t>(config_->num_key_value_heads));
   for (const AttentionUnit& unit : units) {
     if (unit.q_len == 0) continue;
@@ -246,8 +233,8 @@ Status CudaSequence::trace(std::int32_t layer, const Lists& lists) {
     const auto before = of_head.size();
     of_head.resize(before +
                    static_cast<std::size_t>((unit.list_tokens + options_.page_tokens - 1) / options_.page_tokens));
-    CA_RETURN_IF_ERROR(
-        read(of_head.data() + before, page_ids_.as<std::int32_t>() + unit.list_begin, (of_head.size() - before) * 4));
+    CA_RETURN_IF_ERROR(read(of_head.data() + before, lists.memory->page_ids.as<std::int32_t>() + unit.list_begin,
+                            (of_head.size() - before) * 4));
   }
   for (std::vector<std::int32_t>& of_head : pages) {
     std::sort(of_head.begin(), of_head.end());
