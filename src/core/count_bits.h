@@ -1,4 +1,4 @@
-/// Population count and bit ranges for host code, tests on the CPU and kernels.
+/// Population count, logarithms of powers of two and bit ranges for host code, tests on the CPU and kernels.
 #pragma once
 
 #include <bit>
@@ -14,6 +14,10 @@ CA_HOST_DEVICE inline std::int32_t count_bits(std::uint64_t word) {
 #else
   return std::popcount(word);
 #endif
+}
+
+inline std::int32_t log2_exact(std::int32_t power_of_two) {
+  return std::countr_zero(static_cast<std::uint32_t>(power_of_two));
 }
 
 /// The bits of [begin, end) that lie in word `word` of a bit set.

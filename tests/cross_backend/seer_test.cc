@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "src/select/row_product.h"
+#include "tests/cross_backend/decisions.h"
 #include "tests/cross_backend/targets.h"
 #include "tests/fewer_when_sanitized.h"
 #include "tests/kv_step.h"
@@ -19,6 +20,7 @@
 namespace compact {
 namespace {
 
+using testing::Decisions;
 using ::testing::HasSubstr;
 using testing::KvStep;
 using testing::KvStepSpec;
@@ -83,9 +85,7 @@ BlockMask select(const SelectInput& input, const SeerOptions& options, std::int3
 }
 
 TEST(SeerBackends, DecisionsAgreeOutsideTheBand) {
-  std::int64_t decisions = 0;
-  std::int64_t kept = 0;
-  std::int64_t in_band = 0;
+  Decisions decisions;
   ThreadPool pool(2);
   for (std::uint64_t seed = 1; seed <= testing::fewer_when_sanitized(60); ++seed) {
     const KvStep step(spec_of(seed));
@@ -100,27 +100,13 @@ TEST(SeerBackends, DecisionsAgreeOutsideTheBand) {
       BlockMask mask;
       const Status status = select_seer_cpu(input, options, mask, pool);
       ASSERT_TRUE(status.ok()) << status.message();
-      ASSERT_EQ(mask.words.size(), reference.words.size());
-      ASSERT_EQ(mask.nonfinite_rows, 0);
-      for (std::size_t bit = 0; bit < margins.size(); ++bit) {
-        const bool seen = ((mask.words[bit / 64] >> (bit % 64)) & 1U) != 0;
-        const bool expected = ((reference.words[bit / 64] >> (bit % 64)) & 1U) != 0;
-        if (std::isnan(margins[bit])) {
-          ASSERT_FALSE(seen);
-          continue;
-        }
-        ++decisions;
-        kept += seen ? 1 : 0;
-        in_band += std::abs(margins[bit]) <= kBand ? 1 : 0;
-        if (std::abs(margins[bit]) <= kBand) continue;
-        ASSERT_EQ(seen, expected) << hwy::TargetName(target) << ": seed " << seed << " " << step.spec().describe()
-                                  << ", bit " << bit << ", margin " << margins[bit];
-      }
+      ASSERT_EQ(decisions.add(mask, reference, margins, kBand), "")
+          << hwy::TargetName(target) << ": seed " << seed << " " << step.spec().describe();
     }
   }
-  EXPECT_GT(kept, decisions / 20) << "a test of decisions needs both kinds";
-  EXPECT_LT(kept, decisions * 19 / 20);
-  EXPECT_LT(in_band, decisions / 100);
+  EXPECT_GT(decisions.kept, decisions.all / 20) << "a test of decisions needs both kinds";
+  EXPECT_LT(decisions.kept, decisions.all * 19 / 20);
+  EXPECT_LT(decisions.in_band, decisions.all / 100);
 }
 
 // I10: physical order, the rest of the batch, and threads change nothing.

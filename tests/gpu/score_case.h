@@ -213,11 +213,11 @@ class DeviceScores {
         c.gate_pool.empty()
             ? std::vector<float>(c.has_values() ? 1 : static_cast<std::size_t>(keys / kGateBlockTokens * 3), 0.5F)
             : c.gate_pool);
-    args.page_tables = tables_.as<std::int32_t>();
-    args.page_table_stride = input.page_table_stride;
-    args.q = q_.as<std::uint16_t>();
-    args.q_token_stride = std::int64_t{input.num_q_heads} * c.spec.head_dim;
-    args.q_head_stride = c.spec.head_dim;
+    args.step.page_tables = tables_.as<std::int32_t>();
+    args.step.page_table_stride = input.page_table_stride;
+    args.step.q = q_.as<std::uint16_t>();
+    args.step.q_token_stride = std::int64_t{input.num_q_heads} * c.spec.head_dim;
+    args.step.q_head_stride = c.spec.head_dim;
     args.kv = c.kv;
     args.kv.k = args.kv.v = k_.data();
     args.kv.dtype = c.spec.dtype;
@@ -319,12 +319,12 @@ class DeviceScores {
     header_ = DeviceBuffer(std::vector<StepHeader>{
         {static_cast<std::int32_t>(blocks.size()), static_cast<std::int32_t>(pairs.size()), 0}});
     pairs_ = DeviceBuffer(pairs);
-    args.tables.pairs = pairs_.as<BlockPair>();
+    args.step.tables.pairs = pairs_.as<BlockPair>();
     chunks_ = DeviceBuffer(chunks);
     blocks_ = DeviceBuffer(padded);
-    args.tables.header = header_.as<StepHeader>();
-    args.tables.chunks = chunks_.as<StepChunk>();
-    args.tables.blocks = blocks_.as<QueryBlock>();
+    args.step.tables.header = header_.as<StepHeader>();
+    args.step.tables.chunks = chunks_.as<StepChunk>();
+    args.step.tables.blocks = blocks_.as<QueryBlock>();
   }
 
   DeviceBuffer tables_, q_, k_, sub_means_, norms_, gate_pool_, scores_, elsewhere_, scored_pages_, nonfinite_,

@@ -1,7 +1,6 @@
 // Host side of attention on a GPU: checks, the choice of a kernel, and the chain prepare -> main -> combine.
 #include <fmt/format.h>
 
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -11,6 +10,7 @@
 #include "src/attention/sm80/launch.h"
 #include "src/attention/sm90/launch.h"
 #include "src/attention/sm90/sm90_config.h"
+#include "src/core/count_bits.h"
 #include "src/core/cuda_status.h"
 #include "src/core/refusal.h"
 
@@ -21,10 +21,6 @@ constexpr Refusal kRefuse{"attention (cuda)"};
 
 constexpr std::int32_t kSplitGranule = 128;  // a multiple of every BN in use
 constexpr std::int64_t kWorkspaceAlignment = 256;
-
-std::int32_t log2_exact(std::int32_t power_of_two) {
-  return std::countr_zero(static_cast<std::uint32_t>(power_of_two));
-}
 
 Status check_sizes(const CudaAttentionInput& input, const CudaAttentionOptions& options) {
   const PagedKvView& kv = input.kv;

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include "src/core/count_bits.h"
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/quad.cuh"
@@ -31,12 +32,7 @@ constexpr std::int32_t kRows = 128;
 constexpr std::int32_t kStages = 3;
 
 struct MassArgs {
-  StepTables tables;
-  const std::int32_t* page_tables;
-  std::int64_t page_table_stride;
-  const std::uint16_t* q;
-  std::int64_t q_token_stride;
-  std::int64_t q_head_stride;
+  StepQueries step;
   ScoreColumns columns;
   std::int32_t column_tokens_log2;  // a row at position p sees the columns [0, (p + 1) >> this)
   bool one_view = false;            // p + 1 is the block's first position for all its rows
@@ -130,12 +126,12 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.rows.mask_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
+  if (block_idx >= args.step.tables.header->num_blocks) return;
   if (threadIdx.x == 0) {
     const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) - block_idx * args.rows.mask_heads;
-    const QueryBlock block = args.tables.blocks[block_idx];
-    const StepChunk chunk = args.tables.chunks[block.chunk];
-    tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
+    const QueryBlock block = args.step.tables.blocks[block_idx];
+    const StepChunk chunk = args.step.tables.chunks[block.chunk];
+    tile.table = args.step.page_tables + chunk.table_row * args.step.page_table_stride;
     tile.score_row = std::int64_t{head} * args.rows.max_blocks + block_idx;
     tile.q_begin = block.q_begin;
     tile.first_view = block.first_position + (args.one_view ? 0 : 1);
@@ -161,9 +157,9 @@ __global__ void __launch_bounds__(MassShape<kHeadDim>::kThreads, MassShape<kHead
     load_columns<kHeadDim, Shape::kThreads>(ring + static_cast<std::uint32_t>(stage % kStages * Shape::kStageBytes),
                                             args.columns, tile.table, tile.kv_head, stage * kStageColumns, tile.end);
   };
-  load_packed_queries<kHeadDim, kRows, Shape::kThreads>(ring + Shape::kStageBytes, args.q, args.q_token_stride,
-                                                        args.q_head_stride, tile.q_begin, tile.q_head, args.tile_heads,
-                                                        tile.rows);
+  load_packed_queries<kHeadDim, kRows, Shape::kThreads>(ring + Shape::kStageBytes, args.step.q,
+                                                        args.step.q_token_stride, args.step.q_head_stride, tile.q_begin,
+                                                        tile.q_head, args.tile_heads, tile.rows);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -347,12 +343,7 @@ cudaError_t launch(const MassArgs& args, DType dtype, bool pdl, cudaStream_t str
 
 MassArgs make_args(const ScoreArgs& args, const ScoreRows& rows, float scale) {
   MassArgs mass{};
-  mass.tables = args.tables;
-  mass.page_tables = args.page_tables;
-  mass.page_table_stride = args.page_table_stride;
-  mass.q = args.q;
-  mass.q_token_stride = args.q_token_stride;
-  mass.q_head_stride = args.q_head_stride;
+  mass.step = args.step;
   mass.page_tokens = args.page_tokens;
   mass.group = args.group;
   mass.scale_log2 = scale * std::numbers::log2e_v<float>;
@@ -369,12 +360,6 @@ cudaError_t launch_any(const MassArgs& mass, const ScoreArgs& args, cudaStream_t
   }
 }
 
-std::int32_t log2_of(std::int32_t power) {
-  std::int32_t log2 = 0;
-  while (power > 1 << log2) ++log2;
-  return log2;
-}
-
 }  // namespace
 
 std::int64_t oracle_scratch_bytes(const ScoreArgs&, const ScoreRows&) { return 0; }
@@ -388,7 +373,7 @@ cudaError_t launch_oracle_scores(const ScoreArgs& args, const ScoreRows& rows, c
                   .page_stride = args.kv.page_stride,
                   .head_stride = args.kv.head_stride,
                   .column_stride = args.kv.token_stride,
-                  .page_columns_log2 = log2_of(args.page_tokens)};
+                  .page_columns_log2 = log2_exact(args.page_tokens)};
   mass.tile_heads = 1;
   return launch_any(mass, args, stream);
 }
@@ -401,7 +386,7 @@ cudaError_t launch_mean_key_scores(const ScoreArgs& args, const ScoreRows& rows,
                   .head_stride = args.head_dim,
                   .column_stride = args.head_dim,
                   .page_columns_log2 = 0};
-  mass.column_tokens_log2 = log2_of(args.page_tokens);
+  mass.column_tokens_log2 = log2_exact(args.page_tokens);
   mass.one_view = options.visible == PageVisibility::kFull;
   mass.tile_heads = options.tile == TileShape::kPacked ? args.group : 1;
   const bool peak = options.vote == RowVote::kMax;
@@ -422,8 +407,8 @@ cudaError_t launch_sub_mean_scores(const ScoreArgs& args, const ScoreRows& rows,
                   .page_stride = std::int64_t{args.num_kv_heads} * page_granules * args.head_dim,
                   .head_stride = std::int64_t{page_granules} * args.head_dim,
                   .column_stride = args.head_dim,
-                  .page_columns_log2 = log2_of(page_granules)};
-  mass.column_tokens_log2 = log2_of(granule);
+                  .page_columns_log2 = log2_exact(page_granules)};
+  mass.column_tokens_log2 = log2_exact(granule);
   mass.tile_heads = args.group;
   mass.peak_weight = options.peak_weight;
   return launch_any(mass, args, stream);

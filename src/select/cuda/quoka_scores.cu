@@ -6,9 +6,11 @@
 //   score   the picked queries of some neighbouring blocks share a tile of 128 rows, against all keys of the past:
 //           q . k / max(norm of k, least norm), the maximum over the tokens of a page and the rows of a block. Maxima
 //           have no order, so that CTAs share the pages of a tile
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "src/core/count_bits.h"
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/max_nan.cuh"
@@ -27,12 +29,7 @@ constexpr std::int32_t kPickThreads = 256;
 constexpr std::int32_t kStages = 3;
 
 struct QuokaArgs {
-  StepTables tables;
-  const std::int32_t* page_tables;
-  std::int64_t page_table_stride;
-  const std::uint16_t* q;
-  std::int64_t q_token_stride;
-  std::int64_t q_head_stride;
+  StepQueries step;
   ScoreColumns columns;
   const float* norms;  // [num_pages, Hkv, P]
   std::int32_t head_dim;
@@ -48,11 +45,6 @@ struct QuokaArgs {
   std::uint16_t* queries;   // [Hkv, max_blocks, block_rows, D]  a short block repeats its first
   ScoreRows rows;
 };
-
-// Whether the block has anything to choose.
-__device__ __forceinline__ bool has_rows(const QuokaArgs& args, const QueryBlock& block, const StepChunk& chunk) {
-  return chunk.is_short == 0 && chunk.chunk_start >= args.page_tokens && block.tokens > 0;
-}
 
 // 1 / sqrt(x) for normal x, by Newton's steps from an estimate of at least 20 bits: no subroutine, which would spill.
 __device__ __forceinline__ double inverse_root(double x) {
@@ -79,14 +71,15 @@ __global__ void __launch_bounds__(kPickThreads, 2) quoka_pick_kernel(const __gri
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.num_kv_heads;
   const std::int32_t kv_head = static_cast<std::int32_t>(blockIdx.x) - block_idx * args.num_kv_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
-  const QueryBlock block = args.tables.blocks[block_idx];
-  if (!has_rows(args, block, args.tables.chunks[block.chunk])) return;
+  if (block_idx >= args.step.tables.header->num_blocks) return;
+  const QueryBlock block = args.step.tables.blocks[block_idx];
+  if (block.tokens == 0 || !has_choice(args.step.tables.chunks[block.chunk], args.page_tokens)) return;
   const auto thread = static_cast<std::int32_t>(threadIdx.x);
   const std::int32_t lane = thread % 32, warp = thread / 32;
   const std::int32_t count = min(args.picked, block.tokens);
   const auto row = [&](std::int32_t t, std::int32_t h) {
-    return args.q + (block.q_begin + t) * args.q_token_stride + (kv_head * args.group + h) * args.q_head_stride;
+    return args.step.q + (block.q_begin + t) * args.step.q_token_stride +
+           (kv_head * args.group + h) * args.step.q_head_stride;
   };
 
   std::int32_t bad_rows = 0;
@@ -193,16 +186,16 @@ __global__ void __launch_bounds__(QuokaShape<kHeadDim>::kThreads, QuokaShape<kHe
     const std::int32_t split = index % args.splits;
     const std::int32_t block_idx = index / args.splits / args.num_kv_heads;
     tile.blocks = 0;
-    if (block_idx < args.tables.header->num_blocks) {
-      const QueryBlock block = args.tables.blocks[block_idx];
-      const StepChunk chunk = args.tables.chunks[block.chunk];
+    if (block_idx < args.step.tables.header->num_blocks) {
+      const QueryBlock block = args.step.tables.blocks[block_idx];
+      const StepChunk chunk = args.step.tables.chunks[block.chunk];
       const std::int32_t in_chunk = block_idx - chunk.first_block;
-      if (has_rows(args, block, chunk) && in_chunk % args.run_blocks == 0) {
+      if (has_choice(chunk, args.page_tokens) && in_chunk % args.run_blocks == 0) {
         const std::int32_t left = num_runs(chunk.chunk_start, chunk.chunk_tokens, args.block_tokens) - in_chunk;
         const std::int32_t past_pages = chunk.chunk_start / args.page_tokens;
         const std::int32_t whole = kStageColumns > args.page_tokens ? kStageColumns / args.page_tokens : 1;
         const std::int32_t share = ((past_pages + args.splits - 1) / args.splits + whole - 1) / whole * whole;
-        tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
+        tile.table = args.step.page_tables + chunk.table_row * args.step.page_table_stride;
         tile.kv_head = index / args.splits % args.num_kv_heads;
         tile.first_block = block_idx;
         tile.first_page = min(split * share, past_pages);
@@ -259,7 +252,7 @@ __global__ void __launch_bounds__(QuokaShape<kHeadDim>::kThreads, QuokaShape<kHe
     }
     args.rows.scores[(first_row + b) * args.rows.row_stride + page] = best;
     if (!(fabsf(best) < INFINITY)) {  // a bad key is bad for all of them: everyone who finds one writes the same
-      args.rows.nonfinite[first_row + b] = min(args.picked, args.tables.blocks[tile.first_block + b].tokens);
+      args.rows.nonfinite[first_row + b] = min(args.picked, args.step.tables.blocks[tile.first_block + b].tokens);
     }
   };
 
@@ -342,18 +335,12 @@ cudaError_t launch_quoka_scores(const ScoreArgs& args, const ScoreRows& rows, co
     return cudaErrorInvalidValue;
   }
   QuokaArgs quoka{};
-  quoka.tables = args.tables;
-  quoka.page_tables = args.page_tables;
-  quoka.page_table_stride = args.page_table_stride;
-  quoka.q = args.q;
-  quoka.q_token_stride = args.q_token_stride;
-  quoka.q_head_stride = args.q_head_stride;
+  quoka.step = args.step;
   quoka.columns = {.data = static_cast<const std::uint16_t*>(args.kv.k),
                    .page_stride = args.kv.page_stride,
                    .head_stride = args.kv.head_stride,
                    .column_stride = args.kv.token_stride,
-                   .page_columns_log2 = 0};
-  while (1 << quoka.columns.page_columns_log2 < args.page_tokens) ++quoka.columns.page_columns_log2;
+                   .page_columns_log2 = log2_exact(args.page_tokens)};
   quoka.norms = args.summaries.norm_k;
   quoka.head_dim = args.head_dim;
   quoka.num_kv_heads = args.num_kv_heads;
@@ -370,7 +357,7 @@ cudaError_t launch_quoka_scores(const ScoreArgs& args, const ScoreRows& rows, co
   const std::int32_t tiles = (rows.max_blocks + quoka.run_blocks - 1) / quoka.run_blocks * args.num_kv_heads;
   const std::int32_t most = args.max_context_tokens / (8 * kStageColumns) + 1;
   const std::int32_t wanted = (9 * args.num_sms + tiles - 1) / tiles;
-  quoka.splits = wanted < 1 ? 1 : wanted > most ? most : wanted;
+  quoka.splits = std::clamp(wanted, 1, most);
 
   const auto pick =
       args.kv.dtype == DType::kF16 ? quoka_pick_kernel<ptx::MmaType::kF16> : quoka_pick_kernel<ptx::MmaType::kBf16>;

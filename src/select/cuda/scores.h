@@ -27,15 +27,20 @@ struct DeviceSummaries {
   const float* gate_pool = nullptr;  // [num_pages, Hkv, P/64, 3, D]  maximum, minimum, mean of keys before RoPE
 };
 
-struct ScoreArgs {
+// The query rows of a step and where the pages of its requests lie.
+struct StepQueries {
   StepTables tables;
   const std::int32_t* page_tables = nullptr;  // [num_table_rows, page_table_stride]
   std::int64_t page_table_stride = 0;
-  const std::int32_t* mean_tokens = nullptr;  // [num_pages] or null: every complete page has its mean
-  const std::uint16_t* q = nullptr;           // [T, Hq, D]  post-RoPE; seer: before RoPE
+  const std::uint16_t* q = nullptr;  // [T, Hq, D]  post-RoPE; seer: before RoPE
   std::int64_t q_token_stride = 0;
   std::int64_t q_head_stride = 0;
-  PagedKvView kv;  // of the layer; dtype kBF16 or kF16, of q and the means too
+};
+
+struct ScoreArgs {
+  StepQueries step;
+  const std::int32_t* mean_tokens = nullptr;  // [num_pages] or null: every complete page has its mean
+  PagedKvView kv;                             // of the layer; dtype kBF16 or kF16, of q and the means too
   DeviceSummaries summaries;
   float softmax_scale = 0;
   std::int32_t head_dim = 0;  // 64, 128, 256

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "src/core/count_bits.h"
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/unpack.cuh"
@@ -23,12 +24,7 @@ constexpr std::int32_t kWarpKeys = kKeyBlocks / kWarps;
 constexpr std::int32_t kDepth = 32;  // of a step of the key map
 
 struct SeerArgs {
-  StepTables tables;
-  const std::int32_t* page_tables;
-  std::int64_t page_table_stride;
-  const std::uint16_t* q;  // before RoPE
-  std::int64_t q_token_stride;
-  std::int64_t q_head_stride;
+  StepQueries step;        // q before RoPE
   const float* gate_pool;  // [num_pages, Hkv, P/64, 3, D]
   DeviceGates gates;
   std::int32_t head_dim;
@@ -42,8 +38,7 @@ struct SeerArgs {
   ScoreRows rows;
 
   __device__ __forceinline__ bool chooses(const StepChunk& chunk) const {
-    return chunk.is_short == 0 && chunk.chunk_tokens > 0 &&
-           chunk.chunk_start / kGateBlockTokens >> page_blocks_log2 > 0;
+    return has_choice(chunk, kGateBlockTokens << page_blocks_log2);
   }
 };
 
@@ -66,18 +61,19 @@ __global__ void __launch_bounds__(kThreads, 2) seer_queries_kernel(const __grid_
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.rows.mask_heads;
   const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) - block_idx * args.rows.mask_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
-  const QueryBlock block = args.tables.blocks[block_idx];
-  if (block.tokens == 0 || !args.chooses(args.tables.chunks[block.chunk])) return;
+  if (block_idx >= args.step.tables.header->num_blocks) return;
+  const QueryBlock block = args.step.tables.blocks[block_idx];
+  if (block.tokens == 0 || !args.chooses(args.step.tables.chunks[block.chunk])) return;
   const auto thread = static_cast<std::int32_t>(threadIdx.x);
   const std::int32_t dim = args.head_dim, in = args.pooled_heads * dim, half = dim / 2;
   float* mapped = shared + in;
   for (std::int32_t i = 2 * thread; i < in; i += 2 * kThreads) {
-    const std::uint16_t* q = args.q + block.q_begin * args.q_token_stride +
-                             (head * args.pooled_heads + i / dim) * args.q_head_stride + i % dim;
+    const std::uint16_t* q = args.step.q + block.q_begin * args.step.q_token_stride +
+                             (head * args.pooled_heads + i / dim) * args.step.q_head_stride + i % dim;
     float2 sum{};
     for (std::int32_t t = 0; t < block.tokens; ++t) {
-      const float2 x = ptx::unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(q + t * args.q_token_stride));
+      const float2 x =
+          ptx::unpack_pair<kType>(*reinterpret_cast<const std::uint32_t*>(q + t * args.step.q_token_stride));
       sum.x += x.x;
       sum.y += x.y;
     }
@@ -125,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) seer_keys_kernel(const __grid_con
   const std::int32_t key_head = index % args.gates.key_heads;
   index /= args.gates.key_heads;
   const std::int32_t key_tiles = (args.max_key_blocks + kKeyBlocks - 1) / kKeyBlocks;
-  const StepChunk chunk = args.tables.chunks[index / key_tiles];
+  const StepChunk chunk = args.step.tables.chunks[index / key_tiles];
   const std::int32_t first_key = index % key_tiles * kKeyBlocks;
   if (!args.chooses(chunk)) return;
   const std::int32_t num_keys = (chunk.chunk_start + chunk.chunk_tokens + kGateBlockTokens - 1) / kGateBlockTokens;
@@ -133,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) seer_keys_kernel(const __grid_con
   const auto thread = static_cast<std::int32_t>(threadIdx.x);
   const std::int32_t lane = thread % 32, warp = thread / 32;
   const std::int32_t kv_head = key_head * args.num_kv_heads / args.gates.key_heads;
-  const std::int32_t* table = args.page_tables + chunk.table_row * args.page_table_stride;
+  const std::int32_t* table = args.step.page_tables + chunk.table_row * args.step.page_table_stride;
   const float* map = args.gates.key + std::int64_t{key_head} * 3 * kHeadDim * kHeadDim;
 
   float keys[kWarpKeys][kLaneColumns] = {};  // of the key blocks 4 warp and on
@@ -214,10 +210,10 @@ __global__ void __launch_bounds__(kThreads, 2) seer_softmax_kernel(const __grid_
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.rows.mask_heads;
   const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) - block_idx * args.rows.mask_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
-  const QueryBlock block = args.tables.blocks[block_idx];
+  if (block_idx >= args.step.tables.header->num_blocks) return;
+  const QueryBlock block = args.step.tables.blocks[block_idx];
   if (block.tokens == 0) return;
-  const StepChunk chunk = args.tables.chunks[block.chunk];
+  const StepChunk chunk = args.step.tables.chunks[block.chunk];
   if (!args.chooses(chunk)) return;
   const std::int64_t row = std::int64_t{head} * args.rows.max_blocks + block_idx;
   const float* scores = args.scores + row * args.max_key_blocks;
@@ -282,18 +278,13 @@ cudaError_t launch_seer_scores(const ScoreArgs& args, const ScoreRows& rows, con
     return cudaErrorInvalidValue;
   }
   SeerArgs seer{};
-  seer.tables = args.tables;
-  seer.page_tables = args.page_tables;
-  seer.page_table_stride = args.page_table_stride;
-  seer.q = args.q;
-  seer.q_token_stride = args.q_token_stride;
-  seer.q_head_stride = args.q_head_stride;
+  seer.step = args.step;
   seer.gate_pool = args.summaries.gate_pool;
   seer.gates = gates;
   seer.head_dim = args.head_dim;
   seer.num_kv_heads = args.num_kv_heads;
   seer.pooled_heads = args.num_kv_heads * args.group / rows.mask_heads;
-  while (kGateBlockTokens << seer.page_blocks_log2 < args.page_tokens) ++seer.page_blocks_log2;
+  seer.page_blocks_log2 = log2_exact(args.page_tokens / kGateBlockTokens);
   seer.max_key_blocks = num_key_blocks(args);
   seer.rope = static_cast<float*>(args.scratch);
   seer.queries = seer.rope + rope_floats(args);

@@ -46,6 +46,11 @@ struct StepChunk {
 };
 static_assert(sizeof(StepChunk) == 32);
 
+// Whether the query blocks of the chunk have pages to choose among.
+CA_HOST_DEVICE constexpr bool has_choice(const StepChunk& chunk, std::int32_t page_tokens) {
+  return chunk.is_short == 0 && chunk.chunk_tokens > 0 && chunk.chunk_start >= page_tokens;
+}
+
 // Two neighbouring query blocks of a chunk, or its last one alone: they want the same mean keys. Everything that a CTA
 // wants to know lies here, so that it waits for memory once.
 struct BlockPair {

@@ -53,12 +53,7 @@ static_assert(kColumns == kTileRows);
 enum NamedBarrier { kTileDone = 1 };  // one for each tile
 
 struct SubMeanArgs {
-  StepTables tables;
-  const std::int32_t* page_tables;
-  std::int64_t page_table_stride;
-  const std::uint16_t* q;
-  std::int64_t q_token_stride;
-  std::int64_t q_head_stride;
+  StepQueries step;
   const std::uint16_t* sub_mean_k;  // [num_pages, Hkv, 4, D]
   std::int32_t num_kv_heads;
   std::int32_t group;
@@ -98,7 +93,7 @@ struct Item {
   __device__ __forceinline__ Item(const SubMeanArgs& args, std::int32_t index) {
     const std::int32_t place = index / args.num_kv_heads;
     kv_head = index - place * args.num_kv_heads;
-    pair = &args.tables.pairs[place];
+    pair = &args.step.tables.pairs[place];
     past_pages = pair->chunk.chunk_start / kPageTokens;
     const QueryBlock* last = &pair->blocks[pair->num_blocks == 2 ? 1 : 0];
     const std::int32_t end = last->first_position + last->tokens;
@@ -134,7 +129,7 @@ __device__ __forceinline__ void gather_means(const SubMeanArgs& args, Shared& sh
   for (auto index = static_cast<std::int32_t>(blockIdx.x); index < num_items;
        index += static_cast<std::int32_t>(gridDim.x)) {
     const Item item(args, index);
-    const std::int32_t* table = args.page_tables + item.pair->chunk.table_row * args.page_table_stride;
+    const std::int32_t* table = args.step.page_tables + item.pair->chunk.table_row * args.step.page_table_stride;
     const std::int32_t num_pages = item.num_pages;
     const std::uint16_t* means = args.sub_mean_k + std::int64_t{item.kv_head} * kPageGranules * kHeadDim + piece * 8;
     const auto id_of = [&](std::int32_t u) {
@@ -264,11 +259,12 @@ __device__ __forceinline__ void score_tiles(const SubMeanArgs& args, Shared& sha
       const bool valid = row < num_rows;
       const std::int32_t token = row / args.group;
       const std::int32_t head = item.kv_head * args.group + row - token * args.group;
-      const std::int64_t from = valid ? (block.q_begin + token) * args.q_token_stride + head * args.q_head_stride : 0;
+      const std::int64_t from =
+          valid ? (block.q_begin + token) * args.step.q_token_stride + head * args.step.q_head_stride : 0;
       ptx::cp_async_16(
           queries + static_cast<std::uint32_t>(piece / 8 * kPanelBytes) +
               ptx::swizzle_128b(static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(piece % 8 * 16)),
-          args.q + from + piece * 8, valid);
+          args.step.q + from + piece * 8, valid);
     }
     ptx::cp_async_commit();
     if (thread == 0) shared.num_bad_rows[tile_idx] = 0;
@@ -444,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1) sub_mean_sm90_kernel(const __grid
   ptx::griddep_wait();
   ptx::griddep_launch_dependents();
   __syncthreads();
-  const std::int32_t num_items = args.tables.header->num_pairs * args.num_kv_heads;
+  const std::int32_t num_items = args.step.tables.header->num_pairs * args.num_kv_heads;
   const std::uint32_t ring = ptx::shared_address(memory);
   if (threadIdx.x >= kConsumers) {
     ptx::setmaxnreg_decrease<56>();
@@ -485,12 +481,7 @@ std::int64_t sub_mean_sm90_scratch_bytes(const ScoreArgs& args) {
 cudaError_t launch_sub_mean_sm90(const ScoreArgs& args, const ScoreRows& rows, const SubMeanOptions& options,
                                  cudaStream_t stream) {
   SubMeanArgs sub{};
-  sub.tables = args.tables;
-  sub.page_tables = args.page_tables;
-  sub.page_table_stride = args.page_table_stride;
-  sub.q = args.q;
-  sub.q_token_stride = args.q_token_stride;
-  sub.q_head_stride = args.q_head_stride;
+  sub.step = args.step;
   sub.sub_mean_k = args.summaries.sub_mean_k;
   sub.num_kv_heads = args.num_kv_heads;
   sub.group = args.group;

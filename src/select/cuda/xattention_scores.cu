@@ -7,10 +7,12 @@
 //   sums      a CTA per (query head, query block): each row's log-sum-exp over its pages, then A
 //
 // CTAs share the columns of a tile, since nothing joins them before the second kernel.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 
+#include "src/core/count_bits.h"
 #include "src/core/launch_kernel.h"
 #include "src/ptx/control.cuh"
 #include "src/ptx/log2.cuh"
@@ -35,12 +37,7 @@ constexpr std::int32_t kSumThreads = 256;
 static_assert(kRows == kColumns);
 
 struct XAttentionArgs {
-  StepTables tables;
-  const std::int32_t* page_tables;
-  std::int64_t page_table_stride;
-  const std::uint16_t* q;
-  std::int64_t q_token_stride;
-  std::int64_t q_head_stride;
+  StepQueries step;
   PagedKvView kv;
   std::int32_t group;  // G
   std::int32_t block_tokens;
@@ -125,14 +122,11 @@ __global__ void __launch_bounds__(kThreads, 2) xattention_products_kernel(const 
     const std::int32_t block_idx = index % args.rows.max_blocks;
     index /= args.rows.max_blocks;
     const std::int32_t split = index % args.splits, kv_head = index / args.splits;
-    if (block_idx >= args.tables.header->num_blocks) return;
-    const QueryBlock block = args.tables.blocks[block_idx];
-    const StepChunk chunk = args.tables.chunks[block.chunk];
+    if (block_idx >= args.step.tables.header->num_blocks) return;
+    const QueryBlock block = args.step.tables.blocks[block_idx];
+    const StepChunk chunk = args.step.tables.chunks[block.chunk];
     const std::int32_t in_chunk = block_idx - chunk.first_block;
-    if (chunk.is_short != 0 || chunk.chunk_start >> args.page_tokens_log2 == 0 || block.tokens == 0 ||
-        in_chunk % args.run_blocks != 0) {
-      return;
-    }
+    if (!has_choice(chunk, 1 << args.page_tokens_log2) || in_chunk % args.run_blocks != 0) return;
     const std::int32_t context = chunk.chunk_start + chunk.chunk_tokens;
     const std::int32_t first_i = block.first_position / args.block_tokens * args.block_rows;
     const std::int32_t end_i =
@@ -140,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2) xattention_products_kernel(const 
     const std::int32_t all_tiles = (end_i + kColumns - 1) / kColumns;
     const std::int32_t share = (all_tiles + args.splits - 1) / args.splits;
     if (threadIdx.x == 0) {
-      tile.table = args.page_tables + chunk.table_row * args.page_table_stride;
+      tile.table = args.step.page_tables + chunk.table_row * args.step.page_table_stride;
       tile.kv_head = kv_head;
       tile.q_begin = chunk.q_begin;
       tile.chunk_start = chunk.chunk_start;
@@ -155,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) xattention_products_kernel(const 
       const StridedRow strided = strided_row(chunk, i, stride);
       const bool exists = i < end_i && strided.queries > 0;
       TileRow row{};
-      row.query = head * args.q_head_stride;
+      row.query = head * args.step.q_head_stride;
       row.part = exists ? (((std::int64_t{head} * args.rows.max_blocks + block_idx + in_run / args.block_rows) *
                             args.block_rows) +
                            in_run % args.block_rows) *
@@ -190,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, 2) xattention_products_kernel(const 
       const std::int32_t position = tile_rows[r].position - u;
       const bool valid = position >= tile.chunk_start && position < tile.context;
       const std::int64_t from =
-          valid ? tile_rows[r].query + (tile.q_begin + position - tile.chunk_start) * args.q_token_stride : 0;
-      ptx::cp_async_16(stage + ptx::swizzled_piece_offset<kDepth>(r, own % kPieces), args.q + from + dim, valid);
+          valid ? tile_rows[r].query + (tile.q_begin + position - tile.chunk_start) * args.step.q_token_stride : 0;
+      ptx::cp_async_16(stage + ptx::swizzled_piece_offset<kDepth>(r, own % kPieces), args.step.q + from + dim, valid);
     }
     const auto* keys = static_cast<const std::uint16_t*>(args.kv.k) + tile.kv_head * args.kv.head_stride + dim;
     const std::int32_t first_column = (tile.first_tile + column_tile) * kColumns;
@@ -295,10 +289,10 @@ __global__ void __launch_bounds__(kSumThreads, 2) xattention_sums_kernel(const _
   ptx::griddep_launch_dependents();
   const std::int32_t block_idx = static_cast<std::int32_t>(blockIdx.x) / args.rows.mask_heads;
   const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) - block_idx * args.rows.mask_heads;
-  if (block_idx >= args.tables.header->num_blocks) return;
-  const QueryBlock block = args.tables.blocks[block_idx];
-  const StepChunk chunk = args.tables.chunks[block.chunk];
-  if (chunk.is_short != 0 || chunk.chunk_start >> args.page_tokens_log2 == 0 || block.tokens == 0) return;
+  if (block_idx >= args.step.tables.header->num_blocks) return;
+  const QueryBlock block = args.step.tables.blocks[block_idx];
+  const StepChunk chunk = args.step.tables.chunks[block.chunk];
+  if (block.tokens == 0 || !has_choice(chunk, 1 << args.page_tokens_log2)) return;
   const std::int64_t score_row = std::int64_t{head} * args.rows.max_blocks + block_idx;
   const float* parts = args.parts + score_row * args.block_rows * args.part_stride;
   const std::int32_t first_i = block.first_position / args.block_tokens * args.block_rows;
@@ -349,25 +343,14 @@ __global__ void __launch_bounds__(kSumThreads, 2) xattention_sums_kernel(const _
   }
 }
 
-std::int32_t log2_of(std::int32_t power) {
-  std::int32_t log2 = 0;
-  while (power > 1 << log2) ++log2;
-  return log2;
-}
-
 XAttentionArgs make_args(const ScoreArgs& args, const ScoreRows& rows, const XAttentionOptions& options) {
   XAttentionArgs x{};
-  x.tables = args.tables;
-  x.page_tables = args.page_tables;
-  x.page_table_stride = args.page_table_stride;
-  x.q = args.q;
-  x.q_token_stride = args.q_token_stride;
-  x.q_head_stride = args.q_head_stride;
+  x.step = args.step;
   x.kv = args.kv;
   x.group = args.group;
   x.block_tokens = args.block_tokens;
-  x.page_tokens_log2 = log2_of(args.page_tokens);
-  x.stride_log2 = log2_of(options.stride);
+  x.page_tokens_log2 = log2_exact(args.page_tokens);
+  x.stride_log2 = log2_exact(options.stride);
   x.block_rows = args.block_tokens >> x.stride_log2;
   const std::int32_t tile_rows = x.block_rows * args.group;
   x.run_blocks = tile_rows < kRows ? kRows / tile_rows : 1;
@@ -383,7 +366,7 @@ XAttentionArgs make_args(const ScoreArgs& args, const ScoreRows& rows, const XAt
   const std::int32_t tiles = runs > 0 ? runs * x.row_tiles * args.num_kv_heads : 1;
   const std::int32_t most = (args.max_context_tokens >> x.stride_log2) / kColumns + 1;
   const std::int32_t wanted = (8 * args.num_sms + tiles - 1) / tiles;
-  x.splits = wanted < 1 ? 1 : wanted > most ? most : wanted;
+  x.splits = std::clamp(wanted, 1, most);
   return x;
 }
 

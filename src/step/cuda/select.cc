@@ -58,9 +58,7 @@ std::int32_t num_sms() {
 
 ScoreArgs score_args(const Selection& selection, const CudaStepInput& input, const CudaSelectInput& select) {
   const StepShape& s = selection.step.shape;
-  return {.tables = {},
-          .page_tables = input.page_tables,
-          .page_table_stride = input.page_table_stride,
+  return {.step = {},
           .mean_tokens = input.mean_tokens,
           .kv = select.kv,
           .summaries = {.mean_k = static_cast<const std::uint16_t*>(select.summaries.mean_k),
@@ -207,10 +205,12 @@ Status score(const Selection& selection, const CudaStepInput& input, const CudaS
   CA_RETURN_IF_ERROR(check_queries(kRefuse, input, queries));
   CA_RETURN_IF_ERROR(check_records(selection, input, select));
   ScoreArgs args = score_args(selection, input, select);
-  args.q = static_cast<const std::uint16_t*>(queries.q);
-  args.q_token_stride = queries.token_stride;
-  args.q_head_stride = queries.head_stride;
-  args.tables = tables;
+  args.step = {.tables = tables,
+               .page_tables = input.page_tables,
+               .page_table_stride = input.page_table_stride,
+               .q = static_cast<const std::uint16_t*>(queries.q),
+               .q_token_stride = queries.token_stride,
+               .q_head_stride = queries.head_stride};
   args.kv.dtype = select.dtype;  // of the means, for those that read no keys
   args.pdl = pdl;
   args.scratch = base + selection.scratch;
